@@ -1,0 +1,313 @@
+"""ACTIVATIONS: every activation an expert can have. To add one, add an entry here; nothing else changes.
+
+An entry holds the torch forward and derivative, and the same pair as Triton device functions, which the grouped GEMM
+takes as a compile-time argument and runs on its fp32 accumulator. Legend: `g` gate, `u` up, `d` the incoming gradient.
+Gated entries compute act(gate)·up from 2I columns; plain ones compute act(up) from I columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+tl = None  # triton.language, put here by `Activation.device` before a device function is compiled
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation. `alpha` and `limit` are its constants; entries that have none ignore them.
+
+    Attributes:
+        forward: gated `(g, u, alpha, limit) -> a`, plain `(u, alpha, limit) -> a`, in any float dtype.
+        backward: gated `(g, u, d, alpha, limit) -> (dg, du)`, plain `(u, d, alpha, limit) -> du`.
+        device_forward, device_backward: the same as Triton source, read through `device`.
+    """
+
+    name: str
+    gated: bool
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor] | Tensor]
+    device_forward: Callable
+    device_backward: Callable
+    alpha: float = 1.0
+    limit: float = math.inf
+
+    def with_constants(self, alpha: float | None = None, limit: float | None = None) -> Activation:
+        """The same activation with other constants, e.g. `ACTIVATIONS["swiglu_clamped"].with_constants(limit=7.0)`."""
+        return replace(
+            self, alpha=self.alpha if alpha is None else alpha, limit=self.limit if limit is None else limit
+        )
+
+    def width(self, intermediate_size: int) -> int:
+        """Columns of the first expert matrix: 2I when gated, I otherwise."""
+        return 2 * intermediate_size if self.gated else intermediate_size
+
+    @property
+    def device(self) -> tuple[Callable, Callable]:
+        """The device functions `(forward, backward)`, compiled by Triton when first asked for."""
+        return _device(self.device_forward), _device(self.device_backward)
+
+
+@functools.cache
+def _device(function: Callable) -> Callable:
+    global tl
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+    return triton.jit(function)
+
+
+def resolve(activation: str | Activation, who: str = "activation") -> Activation:
+    """The table's entry for a name; an `Activation` passes through."""
+    if isinstance(activation, Activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{who}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+    return ACTIVATIONS[activation]
+
+
+def split_gate_up(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up as views of `h (..., 2I)`: `[g0..gI | u0..uI]`, or `g0 u0 g1 u1 ...` when interleaved."""
+    if interleaved:
+        return h[..., 0::2], h[..., 1::2]
+    half = h.shape[-1] // 2
+    return h[..., :half], h[..., half:]
+
+
+def apply(activation: Activation, h: Tensor, interleaved: bool) -> Tensor:
+    """The activation on pre-activations `h (R, 2I)` or `(R, I)`, computed in h's dtype."""
+    if not activation.gated:
+        return activation.forward(h, activation.alpha, activation.limit)
+    g, u = split_gate_up(h, interleaved)
+    return activation.forward(g, u, activation.alpha, activation.limit)
+
+
+def apply_backward(activation: Activation, h: Tensor, d: Tensor, interleaved: bool) -> Tensor:
+    """The gradient with respect to `h` of `apply`, given the gradient `d (R, I)`."""
+    if not activation.gated:
+        return activation.backward(h, d, activation.alpha, activation.limit)
+    g, u = split_gate_up(h, interleaved)
+    out = torch.empty_like(h)
+    dg, du = split_gate_up(out, interleaved)
+    values = activation.backward(g, u, d, activation.alpha, activation.limit)
+    dg.copy_(values[0])
+    du.copy_(values[1])
+    return out
+
+
+# ---------------------------------------------------------------- scalar functions, torch
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+def _silu_d(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _gelu_erf(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def _gelu_erf_d(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_d(x: Tensor) -> Tensor:
+    c = math.sqrt(2 / math.pi)
+    t = torch.tanh(c * (x + 0.044715 * x * x * x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+
+
+def _relu(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+def _relu_d(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _relu2_d(x: Tensor) -> Tensor:
+    return 2 * F.relu(x)
+
+
+# ---------------------------------------------------------------- scalar functions, device (compiled by triton.jit)
+def _silu_dev(x, ALPHA, LIMIT):
+    return x * tl.sigmoid(x)
+
+
+def _silu_dev_bwd(x, d, ALPHA, LIMIT):
+    s = tl.sigmoid(x)
+    return d * s * (1 + x * (1 - s))
+
+
+def _gelu_erf_dev(x, ALPHA, LIMIT):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+def _gelu_erf_dev_bwd(x, d, ALPHA, LIMIT):
+    return d * (0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+
+
+def _gelu_tanh_dev(x, ALPHA, LIMIT):
+    # 0.5·(1 + tanh z) = sigmoid(2z)
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+def _gelu_tanh_dev_bwd(x, d, ALPHA, LIMIT):
+    s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return d * (s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x))
+
+
+def _relu_dev(x, ALPHA, LIMIT):
+    return tl.where(x > 0, x, tl.where(x != x, x, 0.0))
+
+
+def _relu_dev_bwd(x, d, ALPHA, LIMIT):
+    return tl.where(x > 0, d, 0.0)
+
+
+def _relu2_dev(x, ALPHA, LIMIT):
+    r = tl.where(x > 0, x, tl.where(x != x, x, 0.0))
+    return r * r
+
+
+def _relu2_dev_bwd(x, d, ALPHA, LIMIT):
+    return tl.where(x > 0, 2 * x * d, 0.0)
+
+
+# ---------------------------------------------------------------- gated, device
+def _swiglu_dev(g, u, ALPHA, LIMIT):
+    return g * tl.sigmoid(g) * u
+
+
+def _swiglu_dev_bwd(g, u, d, ALPHA, LIMIT):
+    s = tl.sigmoid(g)
+    return d * u * s * (1 + g * (1 - s)), d * g * s
+
+
+def _geglu_dev(g, u, ALPHA, LIMIT):
+    return 0.5 * g * (1 + tl.erf(g * 0.7071067811865476)) * u
+
+
+def _geglu_dev_bwd(g, u, d, ALPHA, LIMIT):
+    c = 0.5 * (1 + tl.erf(g * 0.7071067811865476))
+    return d * u * (c + g * tl.exp(-0.5 * g * g) * 0.3989422804014327), d * g * c
+
+
+def _geglu_tanh_dev(g, u, ALPHA, LIMIT):
+    return g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
+
+
+def _geglu_tanh_dev_bwd(g, u, d, ALPHA, LIMIT):
+    s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+    return d * u * (s + g * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * g * g)), d * g * s
+
+
+def _reglu_dev(g, u, ALPHA, LIMIT):
+    return tl.where(g > 0, g, tl.where(g != g, g, 0.0)) * u
+
+
+def _reglu_dev_bwd(g, u, d, ALPHA, LIMIT):
+    return tl.where(g > 0, d * u, 0.0), tl.where(g > 0, d * g, 0.0)
+
+
+def _swiglu_oai_dev(g, u, ALPHA, LIMIT):
+    g = tl.where(g > LIMIT, LIMIT, g)
+    u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
+    return g * tl.sigmoid(ALPHA * g) * (u + 1)
+
+
+def _swiglu_oai_dev_bwd(g, u, d, ALPHA, LIMIT):
+    gc = tl.where(g > LIMIT, LIMIT, g)
+    uc = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
+    s = tl.sigmoid(ALPHA * gc)
+    dg = tl.where(g > LIMIT, 0.0, d * (uc + 1) * s * (1 + ALPHA * gc * (1 - s)))
+    du = tl.where((u > LIMIT) | (u < -LIMIT), 0.0, d * gc * s)
+    return dg, du
+
+
+def _swiglu_clamped_dev(g, u, ALPHA, LIMIT):
+    g = tl.where(g > LIMIT, LIMIT, g)
+    u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
+    return g * tl.sigmoid(g) * u
+
+
+def _swiglu_clamped_dev_bwd(g, u, d, ALPHA, LIMIT):
+    gc = tl.where(g > LIMIT, LIMIT, g)
+    uc = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
+    s = tl.sigmoid(gc)
+    dg = tl.where(g > LIMIT, 0.0, d * uc * s * (1 + gc * (1 - s)))
+    du = tl.where((u > LIMIT) | (u < -LIMIT), 0.0, d * gc * s)
+    return dg, du
+
+
+# ---------------------------------------------------------------- gated, torch
+def _swiglu_oai(g: Tensor, u: Tensor, alpha: float, limit: float) -> Tensor:
+    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return g * torch.sigmoid(alpha * g) * (u + 1)
+
+
+def _swiglu_oai_d(g: Tensor, u: Tensor, d: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
+    gc, uc = g.clamp(max=limit), u.clamp(-limit, limit)
+    s = torch.sigmoid(alpha * gc)
+    dg = d * (uc + 1) * s * (1 + alpha * gc * (1 - s))
+    return dg.masked_fill(g > limit, 0), (d * gc * s).masked_fill(u.abs() > limit, 0)
+
+
+def _swiglu_clamped(g: Tensor, u: Tensor, alpha: float, limit: float) -> Tensor:
+    return F.silu(g.clamp(max=limit)) * u.clamp(-limit, limit)
+
+
+def _swiglu_clamped_d(g: Tensor, u: Tensor, d: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
+    gc, uc = g.clamp(max=limit), u.clamp(-limit, limit)
+    return (d * uc * _silu_d(gc)).masked_fill(g > limit, 0), (d * F.silu(gc)).masked_fill(u.abs() > limit, 0)
+
+
+def _plain(name: str, f: Callable, df: Callable, dev: Callable, dev_bwd: Callable) -> Activation:
+    return Activation(name, False, lambda u, a, c: f(u), lambda u, d, a, c: d * df(u), dev, dev_bwd)
+
+
+def _glu(name: str, f: Callable, df: Callable, dev: Callable, dev_bwd: Callable) -> Activation:
+    return Activation(
+        name, True, lambda g, u, a, c: f(g) * u, lambda g, u, d, a, c: (d * u * df(g), d * f(g)), dev, dev_bwd
+    )
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    entry.name: entry
+    for entry in (
+        _plain("silu", _silu, _silu_d, _silu_dev, _silu_dev_bwd),
+        _plain("gelu", _gelu_erf, _gelu_erf_d, _gelu_erf_dev, _gelu_erf_dev_bwd),
+        _plain("gelu_tanh", _gelu_tanh, _gelu_tanh_d, _gelu_tanh_dev, _gelu_tanh_dev_bwd),
+        _plain("relu", _relu, _relu_d, _relu_dev, _relu_dev_bwd),
+        _plain("relu2", _relu2, _relu2_d, _relu2_dev, _relu2_dev_bwd),
+        _glu("swiglu", _silu, _silu_d, _swiglu_dev, _swiglu_dev_bwd),
+        _glu("geglu", _gelu_erf, _gelu_erf_d, _geglu_dev, _geglu_dev_bwd),
+        _glu("geglu_tanh", _gelu_tanh, _gelu_tanh_d, _geglu_tanh_dev, _geglu_tanh_dev_bwd),
+        _glu("reglu", _relu, _relu_d, _reglu_dev, _reglu_dev_bwd),
+        # gpt-oss: the linear half is shifted by one, both halves are clamped
+        Activation(
+            "swiglu_oai", True, _swiglu_oai, _swiglu_oai_d, _swiglu_oai_dev, _swiglu_oai_dev_bwd, 1.702, 7.0
+        ),
+        # DeepSeek-V4, GLM5-next: SwiGLU of clamped halves
+        Activation(
+            "swiglu_clamped", True, _swiglu_clamped, _swiglu_clamped_d, _swiglu_clamped_dev, _swiglu_clamped_dev_bwd,
+            1.0, 10.0,
+        ),
+    )
+}

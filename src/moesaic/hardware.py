@@ -1,0 +1,96 @@
+"""What the machine is: architecture names, processor counts, instruction sets, and the one guarded import of Triton.
+
+`from moesaic.hardware import triton, tl` imports Triton when it is first read, so that `import moesaic` never does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+from types import ModuleType
+
+import torch
+
+# Below 8.0 Triton has no bf16 dot and no cp.async: the torch path serves such GPUs.
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "triton":
+        return importlib.import_module("triton")
+    if name == "tl":
+        return importlib.import_module("triton.language")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in Triton's own CPU interpreter (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _cuda_arch(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def arch_of(device: torch.device) -> str:
+    """`"sm_90"`, `"gfx942"`, ... for a GPU, the device's type (`"cpu"`) for anything else."""
+    if device.type == "cuda":
+        return _cuda_arch(device.index if device.index is not None else torch.cuda.current_device())
+    return device.type
+
+
+@functools.cache
+def sm_count(index: int = 0) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.lru_cache(maxsize=64)
+def triton_why_not(device: str, arch: str) -> str | None:
+    """Why Triton kernels cannot run on this device, or None."""
+    if not has_triton():
+        return "triton is not installed (it comes with the CUDA and ROCm builds of torch)"
+    if device == "cpu":
+        return None if interpreting() else "needs a GPU (or TRITON_INTERPRET=1 to interpret on the CPU)"
+    if device != "cuda":
+        return f"needs a CUDA or ROCm device, got {device}"
+    if arch.startswith("sm_"):
+        capability = divmod(int(arch[3:]), 10)
+        if capability < MIN_COMPUTE_CAPABILITY:
+            return f"needs compute capability {'.'.join(map(str, MIN_COMPUTE_CAPABILITY))} or newer, got {arch}"
+    return None
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction-set flags of this CPU as Linux names them (empty where they cannot be read)."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.lower().startswith(("flags", "features")):
+                    return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+@functools.cache
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

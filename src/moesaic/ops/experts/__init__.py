@@ -1,0 +1,219 @@
+"""fused_experts: the whole expert layer, from tokens to the weighted sum of their experts' outputs.
+
+Legend: T tokens, H hidden, I intermediate, E experts, K choices; rows are the T·K (token, choice) pairs by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...activations import Activation, resolve
+from ...errors import check_choice, check_same, check_shape
+from ...hardware import arch_of
+from ...op import Op, define, differentiable, forced
+from ...problem import Problem
+from ...routing import Routing
+
+__all__ = ["LAYOUTS", "fused_experts"]
+
+OP = Op("fused_experts", __name__, ("triton", "torch", "reference"))
+LAYOUTS = ("concatenated", "interleaved")
+_FROM_ROUTING: Any = "routing"
+
+
+def fused_experts(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    routing: Routing,
+    *,
+    activation: str | Activation = "swiglu",
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    weights: Tensor | None = _FROM_ROUTING,
+    reduce: str = "weighted_sum",
+    layout: str = "concatenated",
+    transposed: bool = False,
+    allow_tf32: bool = False,
+    implementation: str | None = None,
+) -> Tensor:
+    """Run every token through its experts: `y[t] = sum_k w[t,k] · down_e(act(gate_up_e(x[t])))`, e = topk_ids[t,k].
+
+    `gate_up_e(v) = W_gate_up[e] v + b_gate_up[e]`, split into gate and up; `down_e(a) = W_down[e] a + b_down[e]`.
+
+    Args:
+        x: `(T, H)`, bf16, fp16 or fp32 (fp64 in torch).
+        w_gate_up: `(E, 2I, H)`, or `(E, I, H)` for an activation without gate; `transposed`: `(E, H, 2I)`.
+        w_down: `(E, H, I)`; `transposed`: `(E, I, H)`.
+        routing: from `route` or `Routing.from_topk`.
+        activation: a name in `ACTIVATIONS`, or an entry with other constants (`Activation.with_constants`).
+        b_gate_up, b_down: `(E, 2I)` (or `(E, I)`) and `(E, H)` biases.
+        weights: by default the routing's; or a `(T, K)` tensor; None, only together with `reduce="sum"`, adds the
+            experts' outputs without weights.
+        reduce: `"weighted_sum"`, or `"sum"` to leave the routing weights out on purpose.
+        layout: `"concatenated"` [gate | up] halves, or `"interleaved"` g0 u0 g1 u1 ... (gpt-oss).
+        transposed: both weights are stored input-major.
+        allow_tf32: let fp32 products round to TF32 on a GPU; IEEE otherwise.
+        implementation: force one of `fused_experts.implementations`; by default the first that can run.
+
+    Returns:
+        `(T, H)` in the dtype of x, accumulated in fp32; a token whose slots were all dropped gets a zero row.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names disagree, or weights are missing. Unsupported: the forced
+            implementation cannot run.
+
+    Differentiable in x, both weights, both biases and the routing weights. Keeps x, the pre-activations and the routing
+    for backward, nothing else; nothing but its output when no gradient is needed. Deterministic. With Triton there is
+    no host synchronisation and the call can be captured in a CUDA graph. Source of the recomputing backward: SonicMoE.
+    """
+    who = "fused_experts"
+    act = resolve(activation, who)
+    check_choice(who, "layout", layout, LAYOUTS)
+    check_choice(who, "reduce", reduce, ("weighted_sum", "sum"))
+    weights = _weights(who, weights, reduce, routing)
+    _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_gate_up, w_down, b_gate_up, b_down = (
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, w_gate_up, w_down, b_gate_up, b_down)
+        )
+    tensors = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
+    check_same(who, "dtype", "x", x.dtype, **{n: t.dtype for n, t in zip(_NAMES, tensors, strict=True)
+                                             if t is not None and n not in ("x", "weights")})  # fmt: skip
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _ = torch.ops.moesaic.fused_experts(
+        x, w_gate_up, w_down, weights, b_gate_up, b_down, routing.row_order, routing.row_index, routing.expert_offsets,
+        act.name, act.alpha, act.limit, layout == "interleaved", transposed, allow_tf32, save, forced(implementation),
+    )  # fmt: skip
+    return y
+
+
+fused_experts.implementations = OP.implementations  # type: ignore[attr-defined]
+
+_NAMES = ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")
+
+
+def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) -> Tensor | None:
+    if reduce == "sum":
+        if weights is not None:
+            raise ValueError(f"{who}: reduce='sum' leaves the routing weights out and needs weights=None, got weights; "
+                             "pass weights=None, or reduce='weighted_sum'.")  # fmt: skip
+        return None
+    if weights is _FROM_ROUTING:
+        weights = routing.topk_weights
+    if weights is None:
+        raise ValueError(f"{who}: routing weights must be given, got None; pass weights=None, reduce='sum' to add the "
+                         "experts' outputs unweighted on purpose.")  # fmt: skip
+    check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
+    return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
+
+
+def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{who}: x must have shape (T, H), got {tuple(x.shape)}; flatten the leading dimensions.")
+    if not x.is_floating_point():
+        raise ValueError(f"{who}: x must be floating point, got {x.dtype}; convert it.")
+    if w_down.dim() != 3:
+        raise ValueError(f"{who}: w_down must have shape (E, H, I), got {tuple(w_down.shape)}; stack the experts.")
+    E, H = routing.num_experts, x.shape[1]
+    check_shape(who, "x", x, (routing.num_tokens, "H"), "the routing was built for another number of tokens")
+    I = w_down.shape[1] if transposed else w_down.shape[2]
+    N = act.width(I)
+    other = "is it stored input-major? pass transposed=True" if not transposed else "is it really input-major?"
+    check_shape(who, "w_down", w_down, (E, I, H) if transposed else (E, H, I), other)
+    check_shape(who, "w_gate_up", w_gate_up, (E, H, N) if transposed else (E, N, H),
+                f"{'2I' if act.gated else 'I'} columns for activation {act.name!r}; {other}")  # fmt: skip
+    if b_gate_up is not None:
+        check_shape(who, "b_gate_up", b_gate_up, (E, N))
+    if b_down is not None:
+        check_shape(who, "b_down", b_down, (E, H))
+    got = dict(w_gate_up=w_gate_up, w_down=w_down, routing=routing.row_order, b_gate_up=b_gate_up, b_down=b_down)
+    check_same(who, "device", "x", x.device, **{n: t.device for n, t in got.items() if t is not None})
+
+
+# ---------------------------------------------------------------- private operators
+_ARGS = (
+    "Tensor x, Tensor w_gate_up, Tensor w_down, Tensor? weights, Tensor? b_gate_up, Tensor? b_down, "
+    "Tensor row_order, Tensor row_index, Tensor expert_offsets, "
+)
+_OPTIONS = "str activation, float alpha, float limit, bool interleaved, bool transposed, bool allow_tf32, "
+
+
+def _select(x, w_down, row_order, expert_offsets, b_gate_up, b_down, activation, alpha, limit,
+            interleaved, transposed, allow_tf32, training, implementation):  # fmt: skip
+    T = x.shape[0]
+    problem = Problem(
+        "fused_experts", x.device.type, arch_of(x.device), x.dtype, T, row_order.shape[0] // T if T else 1,
+        expert_offsets.shape[0] - 1, x.shape[1], w_down.shape[1 if transposed else 2], activation, interleaved,
+        transposed, b_gate_up is not None or b_down is not None, training, allow_tf32,
+    )  # fmt: skip
+    act = resolve(activation)
+    if (act.alpha, act.limit) != (alpha, limit):
+        act = act.with_constants(alpha, limit)
+    return OP.select(problem, implementation), problem, act
+
+
+def _call(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):
+    *options, save, implementation = rest
+    module, problem, act = _select(
+        x, w_down, row_order, expert_offsets, b_gate_up, b_down, *options, save, implementation
+    )
+    return module.fused_experts(
+        x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem
+    )
+
+
+def _fake(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):
+    transposed, save = rest[4], rest[6]
+    width = w_gate_up.shape[2 if transposed else 1]
+    return x.new_empty(x.shape), x.new_empty((row_order.shape[0], width) if save else (0,))
+
+
+def _call_backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index,
+                   expert_offsets, *rest):  # fmt: skip
+    *options, needs, implementation = rest
+    module, problem, act = _select(
+        x, w_down, row_order, expert_offsets, b_gate_up, b_down, *options, True, implementation
+    )
+    return module.fused_experts_backward(
+        grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act,
+        problem, needs,
+    )  # fmt: skip
+
+
+def _fake_backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, *rest):
+    needs = rest[-2]
+    inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
+    return tuple(
+        t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+define(f"fused_experts({_ARGS}{_OPTIONS}bool save, str implementation) -> (Tensor, Tensor)", _call, _fake)
+define(
+    f"fused_experts_backward(Tensor grad, Tensor hidden, {_ARGS}{_OPTIONS}bool[] needs, str implementation) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _call_backward, _fake_backward,
+)  # fmt: skip
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1], *inputs[:9])
+    ctx.options, ctx.implementation = inputs[9:15], inputs[16]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, grad, _):
+    hidden, *tensors = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:6])
+    grads = torch.ops.moesaic.fused_experts_backward(
+        grad.contiguous(), hidden, *tensors, *ctx.options, needs, ctx.implementation
+    )
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *([None] * 11))
+
+
+differentiable("fused_experts", _autograd, _setup)

@@ -1,0 +1,90 @@
+"""Routing: who goes where. The one value that every operator after the router reads.
+
+Legend: T tokens, K choices per token, E experts. A *slot* is one choice, numbered `t·K + k`. A *row* is a slot's place
+once slots are sorted by expert (stable, so tokens keep their order inside an expert).
+
+Worked example, E = 3, ids = [[2, 0], [2, 1], [0, -1]]:
+    tokens_per_expert = [2, 1, 2]          expert_offsets = [0, 2, 3, 5]
+    row_order = [1, 4, 3, 0, 2, 5]         (rows 0, 1 are slots 1 and 4, both expert 0; the dropped slot 5 comes last)
+    row_index = [3, 0, 4, 2, 1, -1]        (slot 0 is row 3; slot 5 has no row)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import check_shape
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each token goes, built once on the device with no host synchronisation.
+
+    Attributes:
+        topk_weights: `(T, K)` fp32, the weight of each choice; None where a caller has none to give.
+        topk_ids: `(T, K)` int32, the chosen expert; -1 marks a dropped or masked slot.
+        tokens_per_expert: `(E,)` int32.
+        expert_offsets: `(E + 1,)` int32, exclusive: expert e owns rows `expert_offsets[e]:expert_offsets[e + 1]`.
+        row_order: `(T·K,)` int32, row -> slot; a permutation, dropped slots at the end.
+        row_index: `(T·K,)` int32, slot -> row; -1 for a dropped slot.
+        logits: `(T, E)` the router's logits, kept for the losses when the router made them.
+    """
+
+    topk_weights: Tensor | None
+    topk_ids: Tensor
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+    row_order: Tensor
+    row_index: Tensor
+    logits: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.topk_ids.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.tokens_per_expert.shape[0]
+
+    @classmethod
+    def from_topk(
+        cls, topk_weights: Tensor | None, topk_ids: Tensor, num_experts: int, *, implementation: str | None = None
+    ) -> Routing:
+        """Build the routing of a caller's own router.
+
+        Args:
+            topk_weights: `(T, K)` of any float dtype, kept as fp32 with its gradient (fp64 stays fp64); or None.
+            topk_ids: `(T, K)` integers in `[-1, num_experts)`; -1 drops the slot.
+            num_experts: E.
+
+        Raises:
+            ValueError: shapes disagree, ids are not integers, or (on the CPU, where looking costs nothing) an id is
+                out of range. On a GPU an id out of range is treated as -1, since looking would stall the device.
+        """
+        who = "Routing.from_topk"
+        if topk_ids.dim() != 2:
+            raise ValueError(f"{who}: topk_ids must have shape (T, K), got {tuple(topk_ids.shape)}; reshape it.")
+        if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
+            raise ValueError(f"{who}: topk_ids must be integers, got {topk_ids.dtype}; convert it with .int().")
+        if num_experts < 1:
+            raise ValueError(f"{who}: num_experts must be at least 1, got {num_experts}.")
+        if topk_weights is not None:
+            check_shape(who, "topk_weights", topk_weights, topk_ids.shape, "it holds one weight for each id")
+            if topk_weights.device != topk_ids.device:
+                raise ValueError(
+                    f"{who}: topk_weights and topk_ids must share a device, got {topk_weights.device} and "
+                    f"{topk_ids.device}; move one."
+                )
+            if topk_weights.dtype != torch.float64:
+                topk_weights = topk_weights.float()
+        ids, counts, offsets, order, index = torch.ops.moesaic.expert_index(
+            topk_ids, num_experts, implementation or ""
+        )
+        return cls(topk_weights, ids, counts, offsets, order, index)
