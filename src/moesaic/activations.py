@@ -101,48 +101,33 @@ def apply_backward(activation: Activation, h: Tensor, d: Tensor, interleaved: bo
     return out
 
 
-# ---------------------------------------------------------------- scalar functions, torch
-def _silu(x: Tensor) -> Tensor:
-    return F.silu(x)
+# ---------------------------------------------------------------- scalar functions, torch: f(x) and its vjp(x, d) = d·f'(x)
+def _silu_vjp(x: Tensor, d: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(d, x)
 
 
-def _silu_d(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
-
-
-def _gelu_erf(x: Tensor) -> Tensor:
-    return F.gelu(x)
-
-
-def _gelu_erf_d(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+def _gelu_vjp(x: Tensor, d: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(d, x)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _gelu_tanh_d(x: Tensor) -> Tensor:
-    c = math.sqrt(2 / math.pi)
-    t = torch.tanh(c * (x + 0.044715 * x * x * x))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+def _gelu_tanh_vjp(x: Tensor, d: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(d, x, approximate="tanh")
 
 
-def _relu(x: Tensor) -> Tensor:
-    return F.relu(x)
-
-
-def _relu_d(x: Tensor) -> Tensor:
-    return (x > 0).to(x.dtype)
+def _relu_vjp(x: Tensor, d: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(d, x, 0)
 
 
 def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def _relu2_d(x: Tensor) -> Tensor:
-    return 2 * F.relu(x)
+def _relu2_vjp(x: Tensor, d: Tensor) -> Tensor:
+    return 2 * d * F.relu(x)
 
 
 # ---------------------------------------------------------------- scalar functions, device (compiled by triton.jit)
@@ -275,31 +260,31 @@ def _swiglu_clamped(g: Tensor, u: Tensor, alpha: float, limit: float) -> Tensor:
 
 def _swiglu_clamped_d(g: Tensor, u: Tensor, d: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
     gc, uc = g.clamp(max=limit), u.clamp(-limit, limit)
-    return (d * uc * _silu_d(gc)).masked_fill(g > limit, 0), (d * F.silu(gc)).masked_fill(u.abs() > limit, 0)
+    return _silu_vjp(gc, d * uc).masked_fill(g > limit, 0), (d * F.silu(gc)).masked_fill(u.abs() > limit, 0)
 
 
-def _plain(name: str, f: Callable, df: Callable, dev: Callable, dev_bwd: Callable) -> Activation:
-    return Activation(name, False, lambda u, a, c: f(u), lambda u, d, a, c: d * df(u), dev, dev_bwd)
+def _plain(name: str, f: Callable, vjp: Callable, dev: Callable, dev_bwd: Callable) -> Activation:
+    return Activation(name, False, lambda u, a, c: f(u), lambda u, d, a, c: vjp(u, d), dev, dev_bwd)
 
 
-def _glu(name: str, f: Callable, df: Callable, dev: Callable, dev_bwd: Callable) -> Activation:
+def _glu(name: str, f: Callable, vjp: Callable, dev: Callable, dev_bwd: Callable) -> Activation:
     return Activation(
-        name, True, lambda g, u, a, c: f(g) * u, lambda g, u, d, a, c: (d * u * df(g), d * f(g)), dev, dev_bwd
+        name, True, lambda g, u, a, c: f(g) * u, lambda g, u, d, a, c: (vjp(g, d * u), d * f(g)), dev, dev_bwd
     )
 
 
 ACTIVATIONS: dict[str, Activation] = {
     entry.name: entry
     for entry in (
-        _plain("silu", _silu, _silu_d, _silu_dev, _silu_dev_bwd),
-        _plain("gelu", _gelu_erf, _gelu_erf_d, _gelu_erf_dev, _gelu_erf_dev_bwd),
-        _plain("gelu_tanh", _gelu_tanh, _gelu_tanh_d, _gelu_tanh_dev, _gelu_tanh_dev_bwd),
-        _plain("relu", _relu, _relu_d, _relu_dev, _relu_dev_bwd),
-        _plain("relu2", _relu2, _relu2_d, _relu2_dev, _relu2_dev_bwd),
-        _glu("swiglu", _silu, _silu_d, _swiglu_dev, _swiglu_dev_bwd),
-        _glu("geglu", _gelu_erf, _gelu_erf_d, _geglu_dev, _geglu_dev_bwd),
-        _glu("geglu_tanh", _gelu_tanh, _gelu_tanh_d, _geglu_tanh_dev, _geglu_tanh_dev_bwd),
-        _glu("reglu", _relu, _relu_d, _reglu_dev, _reglu_dev_bwd),
+        _plain("silu", F.silu, _silu_vjp, _silu_dev, _silu_dev_bwd),
+        _plain("gelu", F.gelu, _gelu_vjp, _gelu_erf_dev, _gelu_erf_dev_bwd),
+        _plain("gelu_tanh", _gelu_tanh, _gelu_tanh_vjp, _gelu_tanh_dev, _gelu_tanh_dev_bwd),
+        _plain("relu", F.relu, _relu_vjp, _relu_dev, _relu_dev_bwd),
+        _plain("relu2", _relu2, _relu2_vjp, _relu2_dev, _relu2_dev_bwd),
+        _glu("swiglu", F.silu, _silu_vjp, _swiglu_dev, _swiglu_dev_bwd),
+        _glu("geglu", F.gelu, _gelu_vjp, _geglu_dev, _geglu_dev_bwd),
+        _glu("geglu_tanh", _gelu_tanh, _gelu_tanh_vjp, _geglu_tanh_dev, _geglu_tanh_dev_bwd),
+        _glu("reglu", F.relu, _relu_vjp, _reglu_dev, _reglu_dev_bwd),
         # gpt-oss: the linear half is shifted by one, both halves are clamped
         Activation(
             "swiglu_oai", True, _swiglu_oai, _swiglu_oai_d, _swiglu_oai_dev, _swiglu_oai_dev_bwd, 1.702, 7.0

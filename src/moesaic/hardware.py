@@ -72,25 +72,27 @@ def triton_why_not(device: str, arch: str) -> str | None:
 
 
 @functools.cache
-def cpu_flags() -> frozenset[str]:
-    """The instruction-set flags of this CPU as Linux names them (empty where they cannot be read)."""
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo (empty where there is none)."""
     try:
         with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.lower().startswith(("flags", "features")):
-                    return frozenset(line.split(":", 1)[1].split())
+            pairs = (line.split(":", 1) for line in lines.read().split("\n\n")[0].splitlines() if ":" in line)
+            return {key.strip().lower(): value.strip() for key, value in pairs}
     except OSError:
-        pass
-    return frozenset()
+        return {}
 
 
 @functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction-set flags of this CPU as Linux names them (empty where they cannot be read)."""
+    info = _cpuinfo()
+    return frozenset((info.get("flags") or info.get("features") or "").split())
+
+
+def cpu_vendor() -> str:
+    """`"GenuineIntel"`, `"AuthenticAMD"`, or the empty string."""
+    return _cpuinfo().get("vendor_id", "")
+
+
 def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
