@@ -7,88 +7,89 @@ Products go through the same per-expert `mm` as `grouped_matmul`; activations ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...activations import apply, apply_backward
-from ..grouped_matmul._torch import Workspace, matrices, wgrad
+from ..grouped_matmul._torch import Products, bias_grad, live_experts, wgrad
 
-# Elements of a chunk's widest intermediate. Larger chunks spill the L2 (1 MiB a core), smaller ones repeat Python's overhead.
-CHUNK_ELEMENTS = 1 << 19
+# Elements of a chunk's widest intermediate: it stays in the L3 between the two products.
+CHUNK_ELEMENTS = 1 << 20
+# Elements that an fp32 pass works on at a time: it stays in the L2 (1 MiB a core) between the operations of the pass.
+BLOCK_ELEMENTS = 1 << 17
 
 
 def why_not(problem) -> str | None:
     return None
 
 
-@dataclass
-class Chunk:
-    """Rows `start:end`, made of `groups` = (expert, first row, end), rows counted from the chunk's start."""
-
-    start: int
-    end: int
-    groups: list[tuple[int, int, int]]
-
-
-def _chunks(expert_offsets: Tensor, width: int) -> Iterator[Chunk]:
-    """Runs of whole experts of about `CHUNK_ELEMENTS / width` rows; experts without rows are left out."""
-    limit, ends = max(1, CHUNK_ELEMENTS // width), expert_offsets.tolist()
-    chunk = Chunk(0, 0, [])
-    for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        if start == end:
-            continue
-        if chunk.groups and end - chunk.start > limit:
-            yield chunk
-            chunk = Chunk(start, start, [])
-        chunk.groups.append((e, start - chunk.start, end - chunk.start))
-        chunk.end = end
-    if chunk.groups:
-        yield chunk
+def _chunks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[int], list[int]]]:
+    """Runs of whole experts of about `CHUNK_ELEMENTS / width` rows: `(rows, experts, rows of each)`."""
+    limit = max(1, CHUNK_ELEMENTS // width)
+    experts, sizes = live_experts(expert_offsets)
+    start = first = total = 0
+    for i, n in enumerate(sizes):
+        if total and total + n > limit:
+            yield slice(start, start + total), experts[first:i], sizes[first:i]
+            start, first, total = start + total, i, 0
+        total += n
+    if total:
+        yield slice(start, start + total), experts[first:], sizes[first:]
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _combine(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int, out: Tensor, dropped: bool) -> Tensor:
-    """`out[t] = sum_k w[t, k] · rows[row_index[t, k]]` in fp32, a block of tokens at a time."""
-    H, T = rows.shape[1], out.shape[0]
-    index = row_index.view(T, top_k).long()
-    step = max(1, CHUNK_ELEMENTS // max(top_k * H, 1))
-    for t in range(0, T, step):
-        block = index[t : t + step]
-        part = _wide(rows.index_select(0, (block.clamp_min(0) if dropped else block).reshape(-1))).view(-1, top_k, H)
-        if dropped:
-            part = part.masked_fill((block < 0)[..., None], 0)
-        if weights is None:
-            out[t : t + step] = part.sum(1)
-        else:
-            out[t : t + step] = torch.bmm(weights[t : t + step, None].to(part.dtype), part)[:, 0]
+def _activate(act, h: Tensor, interleaved: bool) -> Tensor:
+    """`act(h)` computed in fp32, rounded once, a block of rows at a time."""
+    if h.dtype in (torch.float32, torch.float64):
+        return apply(act, h, interleaved)
+    step = max(1, BLOCK_ELEMENTS // h.shape[1])
+    if h.shape[0] <= step:
+        return apply(act, h.float(), interleaved).to(h.dtype)
+    out = h.new_empty(h.shape[0], h.shape[1] // 2 if act.gated else h.shape[1])
+    for part, into in zip(h.split(step), out.split(step), strict=True):
+        into.copy_(apply(act, part.float(), interleaved))
     return out
 
 
+def _combine(rows: Tensor, weights: Tensor | None, row_index: Tensor, out: Tensor, dropped: bool) -> None:
+    """`out[t] = sum_k w[t, k] · rows[row_index[t, k]]` in fp32, a block of tokens at a time."""
+    T, H = out.shape
+    K = row_index.shape[0] // max(T, 1)
+    step = max(1, BLOCK_ELEMENTS // max(K * H, 1))
+    for t in range(0, T, step):
+        here = slice(t, min(t + step, T))
+        index = row_index[here.start * K : here.stop * K]
+        part = _wide(rows.index_select(0, index.clamp_min(0) if dropped else index))
+        if dropped:
+            part = part.masked_fill_((index < 0)[:, None], 0)
+        part = part.view(-1, K, H)
+        out[here] = part.sum(1) if weights is None else torch.bmm(weights[here, None].to(part.dtype), part)[:, 0]
+
+
 def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem):
-    K, R, I = problem.top_k, row_order.shape[0], problem.intermediate_size
-    ups, downs = matrices(w_gate_up, problem.transposed), matrices(w_down, problem.transposed)
-    width = ups[0].shape[1]
-    hidden = x.new_empty((R, width) if problem.training else (0,))
-    y = x.new_empty(R, x.shape[1])
-    tokens, work, live = row_order // K, Workspace(x), 0
-    for chunk in _chunks(expert_offsets, width):
-        n, live = chunk.end - chunk.start, chunk.end
-        xs = x.index_select(0, tokens[chunk.start : chunk.end])
-        h = hidden[chunk.start : chunk.end] if problem.training else x.new_empty(n, width)
-        for e, s, t in chunk.groups:
-            work.mm(xs[s:t], ups[e], h[s:t], None if b_gate_up is None else b_gate_up[e])
-        a = apply(act, _wide(h), problem.interleaved).to(x.dtype)
-        ys = y[chunk.start : chunk.end]
-        for e, s, t in chunk.groups:
-            work.mm(a[s:t], downs[e], ys[s:t], None if b_down is None else b_down[e])
-    if problem.training:
+    R, width = row_order.shape[0], act.width(problem.intermediate_size)
+    ups, downs = (w_gate_up, w_down) if problem.transposed else (w_gate_up.mT, w_down.mT)
+    chunks = list(_chunks(expert_offsets, width))
+    live = chunks[-1][0].stop if chunks else 0
+    whole = len(chunks) == 1 and live == R  # one chunk's results are the results
+    hidden = x.new_empty((0,) if whole or not problem.training else (R, width))
+    y, out = x.new_empty((0,) if whole else (R, x.shape[1])), x.new_empty(x.shape)
+    tokens, product = row_order // problem.top_k, Products(x)
+    for rows, experts, sizes in chunks:
+        kept = hidden[rows] if problem.training and not whole else None
+        h = product(x.index_select(0, tokens[rows]), ups, experts, sizes, b_gate_up, kept)
+        a = _activate(act, h, problem.interleaved)
+        ys = product(a, downs, experts, sizes, b_down, None if whole else y[rows])
+        if whole:
+            hidden, y = h if problem.training else hidden, ys
+    if problem.training and not whole:
         hidden[live:] = 0
-    return _combine(y, weights, row_index, K, torch.empty_like(x, memory_format=torch.contiguous_format), live < R), hidden
+    _combine(y, weights, row_index, out, live < R)
+    return out, hidden
 
 
 def fused_experts_backward(
@@ -96,60 +97,52 @@ def fused_experts_backward(
 ):
     """SonicMoE's order: `dA' = dO W_down`, then `dS = <dA', a>`, `dH = s·dA'·act'`, `dW_down = dOᵀ (s·a)`: y is never kept."""
     need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
-    K, R = problem.top_k, row_order.shape[0]
     inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
     # experts without rows and dropped slots keep these zeros
     dx, dup, ddown, dweights, dbup, dbdown = (
         torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else x.new_empty(0)
         for t, need in zip(inputs, needs, strict=True)
     )
-    ups, downs = matrices(w_gate_up, not problem.transposed), matrices(w_down, not problem.transposed)
-    tokens, work, live = row_order // K, Workspace(x), 0
+    ups, downs = (w_gate_up.mT, w_down.mT) if problem.transposed else (w_gate_up, w_down)
+    R, tokens, product, live = row_order.shape[0], row_order // problem.top_k, Products(x), 0
     dxs = x.new_empty((R, x.shape[1]) if need_x else (0,))
     through = need_x or need_up or need_bup  # does anything want the gradient of the pre-activations?
-    scales = None if weights is None else weights.reshape(-1).index_select(0, row_order)
-    flat_dweights = dweights.view(-1)
-    for chunk in _chunks(expert_offsets, hidden.shape[1]):
-        here, live = slice(chunk.start, chunk.end), chunk.end
-        slots = row_order[here]
-        gs = grad.index_select(0, tokens[here])
-        h = _wide(hidden[here])
-        scale = None if scales is None else scales[here, None].to(h.dtype)
-        da = None
+    scales = None if weights is None else _wide(weights).reshape(-1).index_select(0, row_order)[:, None]
+    for rows, experts, sizes in _chunks(expert_offsets, hidden.shape[1]):
+        live = rows.stop
+        grads, h = grad.index_select(0, tokens[rows]), _wide(hidden[rows])
+        scale = None if scales is None else scales[rows].to(h.dtype)
         if through or need_weights:
-            da = x.new_empty(gs.shape[0], problem.intermediate_size)
-            for e, s, t in chunk.groups:
-                work.mm(gs[s:t], downs[e], da[s:t])
-            da = _wide(da)
+            da = _wide(product(grads, downs, experts, sizes))
         if need_down or need_weights:
             a = apply(act, h, problem.interleaved)
             if need_weights:
                 ds = (da * a).sum(-1)
                 if b_down is not None:
-                    for e, s, t in chunk.groups:
-                        ds[s:t] += _wide(gs[s:t]) @ _wide(b_down[e])
-                flat_dweights.index_copy_(0, slots.long(), ds.to(dweights.dtype))
+                    ds += (_wide(grads) * _wide(b_down[_repeat(experts, sizes, grads)])).sum(-1)
+                dweights.view(-1).index_copy_(0, row_order[rows].long(), ds.to(dweights.dtype))
             if need_down:
-                scaled = (a if scale is None else a * scale).to(x.dtype)
-                for e, s, t in chunk.groups:
-                    wgrad(gs[s:t], scaled[s:t], ddown[e], problem.transposed)
+                wgrad(grads, _scaled(a, scale).to(x.dtype), ddown, experts, sizes, problem.transposed)
         if need_bdown:
-            scaled = _wide(gs) if scale is None else _wide(gs) * scale
-            for e, s, t in chunk.groups:
-                dbdown[e] = scaled[s:t].sum(0)
+            bias_grad(_scaled(_wide(grads), scale), dbdown, experts, sizes)
         if through:
-            dh = apply_backward(act, h, da if scale is None else da * scale, problem.interleaved)
+            dh = apply_backward(act, h, _scaled(da, scale), problem.interleaved)
             if need_bup:
-                for e, s, t in chunk.groups:
-                    dbup[e] = dh[s:t].sum(0)
+                bias_grad(dh, dbup, experts, sizes)
             dh = dh.to(x.dtype)
             if need_up:
-                xs = x.index_select(0, tokens[here])
-                for e, s, t in chunk.groups:
-                    wgrad(dh[s:t], xs[s:t], dup[e], problem.transposed)
+                wgrad(dh, x.index_select(0, tokens[rows]), dup, experts, sizes, problem.transposed)
             if need_x:
-                for e, s, t in chunk.groups:
-                    work.mm(dh[s:t], ups[e], dxs[here][s:t])
+                product(dh, ups, experts, sizes, out=dxs[rows])
     if need_x:
-        dx = _combine(dxs, None, row_index, K, dx, live < R)
+        _combine(dxs, None, row_index, dx, live < R)
     return dx, dup, ddown, dweights, dbup, dbdown
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+def _repeat(experts: list[int], sizes: list[int], like: Tensor) -> Tensor:
+    """The expert of every row."""
+    return torch.tensor(experts, device=like.device).repeat_interleave(torch.tensor(sizes, device=like.device))

@@ -33,75 +33,95 @@ def upcast_rows(dtype: torch.dtype, device: torch.device) -> float:
     return 96
 
 
-def matrices(w: Tensor, transposed: bool) -> tuple[Tensor, ...]:
-    """The experts' matrices as `(K, N)` views, right operands of a product."""
-    return (w if transposed else w.mT).unbind(0)
+class Products:
+    """The products of one call: rows of each expert times its matrix, `(n, K) @ (K, N)`.
 
-
-class Workspace:
-    """Scratch for widened experts, grown on demand and shared by the products of one call."""
+    Written for few rows an expert, where Python's own time between products counts: a product streams a matrix through
+    the cache and takes Python's working set with it. One call of `torch.nn.functional.grouped_mm` instead is no faster
+    (64 experts of 64×64, EPYC Zen 4, 2026-11-22: 82 µs, but 140 µs below autograd; this loop 7 µs a live expert).
+    """
 
     def __init__(self, rows: Tensor):
         self.limit = upcast_rows(rows.dtype, rows.device)
         self._flat: Tensor | None = None
 
-    def widen(self, w: Tensor) -> Tensor:
-        """`w` in fp32, in its own memory order, so that the copy streams."""
+    def __call__(
+        self,
+        a: Tensor,
+        w: Tensor,
+        experts: Sequence[int],
+        sizes: Sequence[int],
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`out[group] = a[group] @ w[expert] (+ bias[expert])`, rounded once; `w (E, K, N)` may have any strides."""
+        if out is None:
+            out = a.new_empty(a.shape[0], w.shape[2])
+        for e, n, part, into in zip(experts, sizes, a.split(sizes), out.split(sizes), strict=True):
+            if n >= self.limit:
+                wide = torch.mm(part.float(), self._widen(w[e]))
+                into.copy_(wide if bias is None else wide.add_(bias[e]))
+            elif bias is None:
+                torch.mm(part, w[e], out=into)
+            else:
+                torch.addmm(bias[e], part, w[e], out=into)
+        return out
+
+    def _widen(self, w: Tensor) -> Tensor:
+        """`w` in fp32, copied in its own memory order so that the copy streams, into scratch that the next one reuses."""
         if self._flat is None or self._flat.numel() < w.numel():
             self._flat = torch.empty(w.numel(), dtype=torch.float32, device=w.device)
+        scratch = self._flat[: w.numel()]
         if w.stride(0) == 1:
-            return self._flat[: w.numel()].view(w.shape[1], w.shape[0]).copy_(w.mT).mT
-        return self._flat[: w.numel()].view(w.shape).copy_(w)
-
-    def mm(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-        """`out = a @ b (+ bias)`, rounded once, widened where that is faster."""
-        if a.shape[0] >= self.limit:
-            wide = torch.mm(a.float(), self.widen(b))
-            out.copy_(wide if bias is None else wide.add_(bias))
-        elif bias is None:
-            torch.mm(a, b, out=out)
-        else:
-            torch.addmm(bias, a, b, out=out)
+            return scratch.view(w.shape[1], w.shape[0]).copy_(w.mT).mT
+        return scratch.view(w.shape).copy_(w)
 
 
-def _groups(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
-    """`(expert, first row, end)` of every expert that has rows."""
+def wgrad(
+    grad: Tensor, rows: Tensor, out: Tensor, experts: Sequence[int], sizes: Sequence[int], transposed: bool
+) -> None:
+    """`out[expert] = grad[group].T @ rows[group]`, in the weight's own layout; experts not named are left alone."""
+    left, right = (rows, grad) if transposed else (grad, rows)
+    for e, a, b in zip(experts, left.split(sizes), right.split(sizes), strict=True):
+        torch.mm(a.mT, b, out=out[e])
+
+
+def bias_grad(grad: Tensor, out: Tensor, experts: Sequence[int], sizes: Sequence[int]) -> None:
+    """`out[expert] = sum of grad over its rows`; experts not named are left alone."""
+    for e, part in zip(experts, grad.split(sizes), strict=True):
+        out[e] = part.sum(0)
+
+
+def live_experts(expert_offsets: Tensor) -> tuple[list[int], list[int]]:
+    """The experts that have rows, and how many each."""
     ends = expert_offsets.tolist()
-    return [(e, s, t) for e, (s, t) in enumerate(zip(ends, ends[1:], strict=False)) if t > s]
-
+    pairs = [(e, t - s) for e, (s, t) in enumerate(zip(ends, ends[1:], strict=False)) if t > s]
+    return [e for e, _ in pairs], [n for _, n in pairs]
 
 
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
+    experts, sizes = live_experts(expert_offsets)
+    live = sum(sizes)
     out = rows.new_empty(rows.shape[0], problem.intermediate_size)
-    work, ws, end = Workspace(rows), matrices(w, problem.transposed), 0
-    for e, s, end in _groups(expert_offsets):
-        work.mm(rows[s:end], ws[e], out[s:end], None if bias is None else bias[e])
-    out[end:] = 0
+    Products(rows)(rows[:live], w if problem.transposed else w.mT, experts, sizes, bias, out[:live])
+    out[live:] = 0
     return out
 
 
 def grouped_matmul_backward(
     grad: Tensor, rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem, needs: Sequence[bool]
 ):
-    groups, empty = _groups(expert_offsets), rows.new_empty(0)
-    drows, dw, dbias = empty, empty.clone(), empty.clone()
-    work, ws = Workspace(rows), matrices(w, not problem.transposed)
+    experts, sizes = live_experts(expert_offsets)
+    live = sum(sizes)
+    # dropped rows and experts without rows keep these zeros
+    drows, dw, dbias = (
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else rows.new_empty(0)
+        for t, need in zip((rows, w, bias), needs, strict=True)
+    )
     if needs[0]:
-        drows = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
-        for e, s, t in groups:
-            work.mm(grad[s:t], ws[e], drows[s:t])
+        Products(rows)(grad[:live], w.mT if problem.transposed else w, experts, sizes, out=drows[:live])
     if needs[1]:
-        dw = torch.zeros(w.shape, dtype=w.dtype, device=w.device)
-        for e, s, t in groups:
-            wgrad(grad[s:t], rows[s:t], dw[e], problem.transposed)
+        wgrad(grad[:live], rows[:live], dw, experts, sizes, problem.transposed)
     if needs[2]:
-        dbias = torch.zeros(w.shape[0], grad.shape[1], dtype=rows.dtype, device=rows.device)
-        for e, s, t in groups:
-            dbias[e] = grad[s:t].sum(0)
+        bias_grad(grad[:live], dbias, experts, sizes)
     return drows, dw, dbias
-
-
-def wgrad(grad: Tensor, rows: Tensor, out: Tensor, transposed: bool) -> None:
-    """One expert's weight gradient `grad.T @ rows`, in the weight's own layout."""
-    left, right = (rows, grad) if transposed else (grad, rows)
-    torch.mm(left.mT, right, out=out)
