@@ -12,12 +12,13 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-tl = None  # triton.language, put here by `Activation.device` before a device function is compiled
+tl: Any = None  # triton.language, put here by `Activation.device` before a device function is compiled
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ class Activation:
 
     def with_constants(self, alpha: float | None = None, limit: float | None = None) -> Activation:
         """The same activation with other constants, e.g. `ACTIVATIONS["swiglu_clamped"].with_constants(limit=7.0)`."""
-        return replace(
-            self, alpha=self.alpha if alpha is None else alpha, limit=self.limit if limit is None else limit
-        )
+        return replace(self, alpha=self.alpha if alpha is None else alpha, limit=self.limit if limit is None else limit)
 
     def width(self, intermediate_size: int) -> int:
         """Columns of the first expert matrix: 2I when gated, I otherwise."""
@@ -91,7 +90,7 @@ def apply(activation: Activation, h: Tensor, interleaved: bool) -> Tensor:
 def apply_backward(activation: Activation, h: Tensor, d: Tensor, interleaved: bool) -> Tensor:
     """The gradient with respect to `h` of `apply`, given the gradient `d (R, I)`."""
     if not activation.gated:
-        return activation.backward(h, d, activation.alpha, activation.limit)
+        return cast(Tensor, activation.backward(h, d, activation.alpha, activation.limit))
     g, u = split_gate_up(h, interleaved)
     out = torch.empty_like(h)
     dg, du = split_gate_up(out, interleaved)
@@ -101,7 +100,7 @@ def apply_backward(activation: Activation, h: Tensor, d: Tensor, interleaved: bo
     return out
 
 
-# ---------------------------------------------------------------- scalar functions, torch: f(x) and its vjp(x, d) = d·f'(x)
+# ---------------------------------------------------------------- scalar functions, torch: f(x), vjp(x, d) = d·f'(x)
 def _silu_vjp(x: Tensor, d: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward(d, x)
 
@@ -286,13 +285,17 @@ ACTIVATIONS: dict[str, Activation] = {
         _glu("geglu_tanh", _gelu_tanh, _gelu_tanh_vjp, _geglu_tanh_dev, _geglu_tanh_dev_bwd),
         _glu("reglu", F.relu, _relu_vjp, _reglu_dev, _reglu_dev_bwd),
         # gpt-oss: the linear half is shifted by one, both halves are clamped
-        Activation(
-            "swiglu_oai", True, _swiglu_oai, _swiglu_oai_d, _swiglu_oai_dev, _swiglu_oai_dev_bwd, 1.702, 7.0
-        ),
+        Activation("swiglu_oai", True, _swiglu_oai, _swiglu_oai_d, _swiglu_oai_dev, _swiglu_oai_dev_bwd, 1.702, 7.0),
         # DeepSeek-V4, GLM5-next: SwiGLU of clamped halves
         Activation(
-            "swiglu_clamped", True, _swiglu_clamped, _swiglu_clamped_d, _swiglu_clamped_dev, _swiglu_clamped_dev_bwd,
-            1.0, 10.0,
+            "swiglu_clamped",
+            True,
+            _swiglu_clamped,
+            _swiglu_clamped_d,
+            _swiglu_clamped_dev,
+            _swiglu_clamped_dev_bwd,
+            1.0,
+            10.0,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""CASES: named layer shapes of real models, and the ways tokens spread over experts. Tests, tuning and bench share them.
+"""CASES: layer shapes of real models, and the ways tokens spread over experts. Tests, tuning and bench share them.
 
 Shapes are the published checkpoints' (see each model's config.json). To add a model, add a line.
 """

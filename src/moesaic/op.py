@@ -1,9 +1,9 @@
 """Op: an operator's implementations in written order, and the only code that chooses between them.
 
-An implementation is a module `_<name>.py` in the operator's folder. It answers `why_not(problem) -> str | None`, pure and
-device-free, and holds the operator's calls; modules are imported only when one of them may be chosen. Choice takes the
-first that gives no reason against; a forced one that cannot run raises `Unsupported` with its reason. Nothing is tried
-and caught.
+An implementation is a module `_<name>.py` in the operator's folder. It answers `why_not(problem) -> str | None`, pure
+and device-free, and holds the operator's calls; modules are imported only when one of them may be chosen. Choice takes
+the first that gives no reason against; a forced one that cannot run raises `Unsupported` with its reason. Nothing is
+tried and caught.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ def define(schema: str, call: Callable, fake: Callable) -> None:
 def differentiable(name: str, backward: Callable, setup_context: Callable) -> None:
     """Give `moesaic::<name>` its autograd formula (whose backward is a second operator)."""
     torch.library.register_autograd(f"moesaic::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple:
+    """The tensors in autocast's dtype where autocast is on for x's device (fp64 stays), else as they are."""
+    tensors, device = (x, *others), x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 @contextlib.contextmanager

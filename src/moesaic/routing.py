@@ -84,7 +84,5 @@ class Routing:
                 )
             if topk_weights.dtype != torch.float64:
                 topk_weights = topk_weights.float()
-        ids, counts, offsets, order, index = torch.ops.moesaic.expert_index(
-            topk_ids, num_experts, implementation or ""
-        )
+        ids, counts, offsets, order, index = torch.ops.moesaic.expert_index(topk_ids, num_experts, implementation or "")
         return cls(topk_weights, ids, counts, offsets, order, index)

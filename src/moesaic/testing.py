@@ -1,8 +1,8 @@
 """Inputs and judgement for tests, `moesaic verify` and `moesaic bench`.
 
-The rule of judgement: an error is measured against an fp64 oracle on the *same rounded inputs*, and its bound scales with
-the output's dtype and the contraction length. A bare absolute tolerance hides wrong results on small outputs and fails
-right ones on large outputs, so none is used.
+The rule of judgement: an error is measured against an fp64 oracle on the *same rounded inputs*, and its bound scales
+with the output's dtype and the contraction length. A bare absolute tolerance hides wrong results on small outputs and
+fails right ones on large outputs, so none is used.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ErrorReport:
 
     Attributes:
         norm: `||out - ref|| / ||ref||`, the figure peers publish.
-        worst: largest `|out - ref| / scale`; scale is |ref| or, if larger, the geometric mean of the rms of the element's
-            row and of the whole reference (an element may be small by cancellation, a row by its condition).
+        worst: largest `|out - ref| / scale`; scale is |ref| or, if larger, the geometric mean of the rms of the
+            element's row and of the whole reference (an element may be small by cancellation, a row by its condition).
         ulps: share of elements within 0.5, 1, 2, 4, 16, 256 ulp of the output dtype, and beyond.
         bias: mean signed error over rmse; far from 0 for truncation or a missing term.
     """
@@ -65,7 +65,9 @@ class ErrorReport:
 def error_report(out: Tensor, oracle: Tensor) -> ErrorReport:
     """Compare `out` with `oracle` (fp64, same shape). NaN and inf must stand in the same places to count as equal."""
     if out.shape != oracle.shape:
-        raise ValueError(f"error_report: out must have the oracle's shape {tuple(oracle.shape)}, got {tuple(out.shape)}.")
+        raise ValueError(
+            f"error_report: out must have the oracle's shape {tuple(oracle.shape)}, got {tuple(out.shape)}."
+        )
     dtype = out.dtype
     x, ref = out.detach().double(), oracle.detach().double().to(out.device)
     if x.numel() == 0:
@@ -98,8 +100,8 @@ def error_report(out: Tensor, oracle: Tensor) -> ErrorReport:
     )  # fmt: skip
 
 
-# How many times a result is rounded to the working dtype on its way, by operator; a product of two rounded factors (gate
-# times up) counts twice. Implementations that round less often simply stay further inside the bound.
+# How many times a result is rounded to the working dtype on its way, by operator; a product of two rounded factors
+# (gate times up) counts twice. Implementations that round less often simply stay further inside the bound.
 STAGES = {
     "route": 1,
     "permute": 1,
@@ -115,12 +117,14 @@ def bounds(dtype: torch.dtype, contraction: int, stages: int = 1) -> tuple[float
 
     Each of `stages` roundings to `dtype` has an rms relative error of at most 0.6·u (u = unit roundoff), and they add
     like independent errors; sums of `contraction` products in fp32 (fp64 for fp64) add about u_acc·sqrt(contraction),
-    doubled for the order of summation. An element may miss its scale by ten times the norm bound: rounding errors are
-    near normal, a tensor holds at most about 10⁸ elements, whose largest deviation is 6 sigma, and rows differ in condition.
+    doubled for the order of summation. Short contractions average few rounding errors, so theirs may be larger by
+    `4 / sqrt(contraction)`. An element may miss its scale by ten times the norm bound: rounding errors are near normal,
+    a tensor holds at most about 10⁸ elements, whose largest deviation is 6 sigma, and rows differ in condition.
     """
     u = UNIT_ROUNDOFF[dtype]
     u_acc = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
-    norm = 0.6 * u * math.sqrt(stages) + 2 * u_acc * math.sqrt(max(contraction, 1)) + 4 * u_acc
+    root = math.sqrt(max(contraction, 1))
+    norm = 0.6 * u * math.sqrt(stages) * (1 + 4 / root) + 2 * u_acc * root + 4 * u_acc
     return norm, 10 * norm
 
 
@@ -130,12 +134,13 @@ def failure(
     """Why `out` is not an honest computation of `oracle`, or None. Arguments as in `assert_close`."""
     report, dtype = error_report(out, oracle), dtype or out.dtype
     norm, worst = bounds(dtype, contraction, stages)
+    where = f"({dtype}, contraction {contraction}, {stages} stages)"
     if report.finite_mismatch:
-        return f"{report.finite_mismatch} elements are NaN or inf where the oracle is not, or the other way round; {report}"
+        return f"{report.finite_mismatch} elements are NaN or inf where the oracle is not, or the reverse; {report}"
     if not report.norm <= norm:
-        return f"norm error {report.norm:.2e} must be at most {norm:.2e} ({dtype}, contraction {contraction}); {report}"
+        return f"norm error {report.norm:.2e} must be at most {norm:.2e} {where}; {report}"
     if not report.worst <= worst:
-        return f"worst element {report.worst:.2e} must be at most {worst:.2e} ({dtype}, contraction {contraction}); {report}"
+        return f"worst element {report.worst:.2e} must be at most {worst:.2e} {where}; {report}"
     return None
 
 
@@ -177,8 +182,17 @@ class Inputs:
 
     def arguments(self) -> dict:
         c = self.case
-        return dict(x=self.x, w_gate_up=self.w_gate_up, w_down=self.w_down, routing=self.routing, activation=c.activation,
-                    b_gate_up=self.b_gate_up, b_down=self.b_down, layout=c.layout, transposed=c.transposed)  # fmt: skip
+        return {
+            "x": self.x,
+            "w_gate_up": self.w_gate_up,
+            "w_down": self.w_down,
+            "routing": self.routing,
+            "activation": c.activation,
+            "b_gate_up": self.b_gate_up,
+            "b_down": self.b_down,
+            "layout": c.layout,
+            "transposed": c.transposed,
+        }
 
 
 def make_inputs(

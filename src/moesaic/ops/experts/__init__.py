@@ -14,7 +14,7 @@ from torch import Tensor
 from ...activations import Activation, resolve
 from ...errors import check_choice, check_same, check_shape
 from ...hardware import arch_of
-from ...op import Op, define, differentiable, forced
+from ...op import Op, autocast, define, differentiable, forced
 from ...problem import Problem
 from ...routing import Routing
 
@@ -77,14 +77,10 @@ def fused_experts(
     check_choice(who, "reduce", reduce, ("weighted_sum", "sum"))
     weights = _weights(who, weights, reduce, routing)
     _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w_gate_up, w_down, b_gate_up, b_down = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, w_gate_up, w_down, b_gate_up, b_down)
-        )
-    tensors = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-    check_same(who, "dtype", "x", x.dtype, **{n: t.dtype for n, t in zip(_NAMES, tensors, strict=True)
-                                             if t is not None and n not in ("x", "weights")})  # fmt: skip
+    x, w_gate_up, w_down, b_gate_up, b_down = autocast(x, w_gate_up, w_down, b_gate_up, b_down)
+    parameters = {"w_gate_up": w_gate_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down}
+    check_same(who, "dtype", "x", x.dtype, **{n: t.dtype for n, t in parameters.items() if t is not None})
+    tensors = (x, weights, *parameters.values())
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, _ = torch.ops.moesaic.fused_experts(
         x, w_gate_up, w_down, weights, b_gate_up, b_down, routing.row_order, routing.row_index, routing.expert_offsets,
@@ -94,8 +90,6 @@ def fused_experts(
 
 
 fused_experts.implementations = OP.implementations  # type: ignore[attr-defined]
-
-_NAMES = ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")
 
 
 def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) -> Tensor | None:
@@ -147,7 +141,7 @@ _OPTIONS = "str activation, float alpha, float limit, bool interleaved, bool tra
 @functools.lru_cache(maxsize=4096)
 def _plan(device, dtype, T, R, E, H, I, bias, activation, alpha, limit, interleaved, transposed, allow_tf32, training,
           implementation):  # fmt: skip
-    """Implementation, problem and activation of a call. Cached on plain values: a fifth of the cost of building them."""
+    """Implementation, problem and activation of a call, cached on plain values: making them costs more than a launch."""
     problem = Problem(
         "fused_experts", device.type, arch_of(device), dtype, T, R // T if T else 1, E, H, I, activation, interleaved,
         transposed, bias, training, allow_tf32,
@@ -189,9 +183,7 @@ def _call_backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_dow
 def _fake_backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, *rest):
     needs = rest[-2]
     inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-    return tuple(
-        t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True)
-    )
+    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
 define(f"fused_experts({_ARGS}{_OPTIONS}bool save, str implementation) -> (Tensor, Tensor)", _call, _fake)

@@ -42,13 +42,31 @@ def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, r
 
 
 def fused_experts_backward(
-    grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem, needs
+    grad,
+    hidden,
+    x,
+    w_gate_up,
+    w_down,
+    weights,
+    b_gate_up,
+    b_down,
+    row_order,
+    row_index,
+    expert_offsets,
+    act,
+    problem,
+    needs,
 ):
     inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
     with torch.enable_grad():
-        wide = [None if t is None else t.detach().double().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
-        y, _ = _layer(*wide, row_order, expert_offsets, act, problem)
-    wanted = [t for t, need in zip(wide, needs, strict=True) if need]
+        wide = [
+            None if t is None else t.detach().double().requires_grad_(need)
+            for t, need in zip(inputs, needs, strict=True)
+        ]
+        xw, up, down, w, bup, bdown = wide
+        y, _ = _layer(xw, up, down, w, bup, bdown, row_order, expert_offsets, act, problem)
+    wanted = [t for t in wide if t is not None and t.requires_grad]
+    got: list[Tensor | None]
     if y.requires_grad:
         got = list(torch.autograd.grad(y, wanted, grad.double(), allow_unused=True))
     else:  # no row at all

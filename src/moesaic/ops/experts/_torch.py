@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...activations import apply, apply_backward
-from ..grouped_matmul._torch import Products, bias_grad, live_experts, wgrad
+from ..grouped_matmul._torch import Products, bias_grad, live_experts, wgrad, zero_gradients
 
 # Elements of a chunk's widest intermediate: it stays in the L3 between the two products.
 CHUNK_ELEMENTS = 1 << 20
@@ -64,10 +64,12 @@ def _combine(rows: Tensor, weights: Tensor | None, row_index: Tensor, out: Tenso
         here = slice(t, min(t + step, T))
         index = row_index[here.start * K : here.stop * K]
         part = _wide(rows.index_select(0, index.clamp_min(0) if dropped else index))
+        weight = None if weights is None else weights[here].to(part.dtype)
         if dropped:
             part = part.masked_fill_((index < 0)[:, None], 0)
+            weight = None if weight is None else weight.masked_fill((index < 0).view(-1, K), 0)
         part = part.view(-1, K, H)
-        out[here] = part.sum(1) if weights is None else torch.bmm(weights[here, None].to(part.dtype), part)[:, 0]
+        out[here] = part.sum(1) if weight is None else torch.bmm(weight[:, None], part)[:, 0]
 
 
 def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem):
@@ -93,16 +95,29 @@ def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, r
 
 
 def fused_experts_backward(
-    grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem, needs
+    grad,
+    hidden,
+    x,
+    w_gate_up,
+    w_down,
+    weights,
+    b_gate_up,
+    b_down,
+    row_order,
+    row_index,
+    expert_offsets,
+    act,
+    problem,
+    needs,
 ):
-    """SonicMoE's order: `dA' = dO W_down`, then `dS = <dA', a>`, `dH = s·dA'·act'`, `dW_down = dOᵀ (s·a)`: y is never kept."""
+    """SonicMoE's order, so that y is never kept.
+
+    `dA' = dO W_down`, `dS = <dA', a>`, `dH = s·dA'·act'(h)`, `dW_down = dOᵀ (s·a)`, `dW_gate_up = dHᵀ x`,
+    `dx = dH W_gate_up`.
+    """
     need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
     inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-    # experts without rows and dropped slots keep these zeros
-    dx, dup, ddown, dweights, dbup, dbdown = (
-        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else x.new_empty(0)
-        for t, need in zip(inputs, needs, strict=True)
-    )
+    dx, dup, ddown, dweights, dbup, dbdown = zero_gradients(inputs, needs)
     ups, downs = (w_gate_up.mT, w_down.mT) if problem.transposed else (w_gate_up, w_down)
     R, tokens, product, live = row_order.shape[0], row_order // problem.top_k, Products(x), 0
     dxs = x.new_empty((R, x.shape[1]) if need_x else (0,))

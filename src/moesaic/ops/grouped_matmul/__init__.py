@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import check_same, check_shape
 from ...hardware import arch_of
-from ...op import Op, define, differentiable, forced
+from ...op import Op, autocast, define, differentiable, forced
 from ...problem import Problem
 from ...routing import Routing
 
@@ -52,7 +52,7 @@ def grouped_matmul(
     who = "grouped_matmul"
     if w.dim() != 3:
         raise ValueError(f"{who}: w must have shape (E, N, K), got {tuple(w.shape)}; stack the experts' matrices.")
-    rows, w, bias = _autocast(rows, w, bias)
+    rows, w, bias = autocast(rows, w, bias)
     E, N, K = (w.shape[0], w.shape[2], w.shape[1]) if transposed else w.shape
     hint = "w_down in the other layout? pass transposed=True" if not transposed else "is w really (E, K, N)?"
     check_shape(who, "w", w, (routing.num_experts, "K" if transposed else "N", "N" if transposed else "K"))
@@ -67,14 +67,6 @@ def grouped_matmul(
 
 
 grouped_matmul.implementations = OP.implementations  # type: ignore[attr-defined]
-
-
-def _autocast(*tensors: Tensor | None) -> tuple:
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 # ---------------------------------------------------------------- private operators

@@ -5,6 +5,7 @@ It reads the group sizes on the host, so on a GPU it waits for the device: the p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,9 @@ def upcast_rows(dtype: torch.dtype, device: torch.device) -> float:
         return float("inf")
     flags = hardware.cpu_flags()
     native = {"amx_bf16"} if dtype == torch.bfloat16 else {"amx_fp16", "avx512_fp16"}
-    if flags & native or (dtype == torch.bfloat16 and "avx512_bf16" in flags and hardware.cpu_vendor() != "GenuineIntel"):
+    if flags & native or (
+        dtype == torch.bfloat16 and "avx512_bf16" in flags and hardware.cpu_vendor() != "GenuineIntel"
+    ):
         return float("inf")
     return 96
 
@@ -68,7 +71,7 @@ class Products:
         return out
 
     def _widen(self, w: Tensor) -> Tensor:
-        """`w` in fp32, copied in its own memory order so that the copy streams, into scratch that the next one reuses."""
+        """`w` in fp32, copied in its own memory order so that the copy streams, into scratch for the next one too."""
         if self._flat is None or self._flat.numel() < w.numel():
             self._flat = torch.empty(w.numel(), dtype=torch.float32, device=w.device)
         scratch = self._flat[: w.numel()]
@@ -92,10 +95,19 @@ def bias_grad(grad: Tensor, out: Tensor, experts: Sequence[int], sizes: Sequence
         out[e] = part.sum(0)
 
 
+def zero_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Zeros for the gradients that are needed (dropped rows and experts without rows keep them), else empty tensors."""
+    like = next(t for t in inputs if t is not None)
+    return [
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else like.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    ]
+
+
 def live_experts(expert_offsets: Tensor) -> tuple[list[int], list[int]]:
     """The experts that have rows, and how many each."""
     ends = expert_offsets.tolist()
-    pairs = [(e, t - s) for e, (s, t) in enumerate(zip(ends, ends[1:], strict=False)) if t > s]
+    pairs = [(e, t - s) for e, (s, t) in enumerate(itertools.pairwise(ends)) if t > s]
     return [e for e, _ in pairs], [n for _, n in pairs]
 
 
@@ -113,11 +125,7 @@ def grouped_matmul_backward(
 ):
     experts, sizes = live_experts(expert_offsets)
     live = sum(sizes)
-    # dropped rows and experts without rows keep these zeros
-    drows, dw, dbias = (
-        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else rows.new_empty(0)
-        for t, need in zip((rows, w, bias), needs, strict=True)
-    )
+    drows, dw, dbias = zero_gradients((rows, w, bias), needs)
     if needs[0]:
         Products(rows)(grad[:live], w.mT if problem.transposed else w, experts, sizes, out=drows[:live])
     if needs[1]:

@@ -64,7 +64,9 @@ def unpermute(
     _check(who, "rows", rows, routing, (routing.num_tokens * routing.top_k, "H"))
     if weights is True:
         if routing.topk_weights is None:
-            raise ValueError(f"{who}: routing.topk_weights must be given, got None; pass weights=False to add unweighted.")
+            raise ValueError(
+                f"{who}: routing.topk_weights must be given, got None; pass weights=False to add unweighted."
+            )
         weights = routing.topk_weights
     if isinstance(weights, Tensor):
         check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
@@ -78,7 +80,9 @@ permute.implementations = unpermute.implementations = OP.implementations  # type
 
 
 def _check(who: str, name: str, x: Tensor, routing: Routing, want: tuple) -> None:
-    check_shape(who, name, x, want, "one row for each token of the routing" if who == "permute" else "one row for each slot")
+    check_shape(
+        who, name, x, want, "one row for each token of the routing" if who == "permute" else "one row for each slot"
+    )
     if x.device != routing.row_order.device:
         raise ValueError(f"{who}: {name} must be on {routing.row_order.device}, got {x.device}; move it.")
     if not x.is_floating_point():
@@ -143,9 +147,7 @@ def _unpermute_autograd(ctx, grad):
         tables = ctx.saved_tensors
         return torch.ops.moesaic.permute(grad, *tables, ctx.top_k, ctx.implementation), *([None] * 6)
     rows, weights, *tables = ctx.saved_tensors
-    drows, dweights = torch.ops.moesaic.unpermute_backward(
-        grad, rows, weights, *tables, ctx.top_k, ctx.implementation
-    )
+    drows, dweights = torch.ops.moesaic.unpermute_backward(grad, rows, weights, *tables, ctx.top_k, ctx.implementation)
     return drows, dweights, *([None] * 5)
 
 

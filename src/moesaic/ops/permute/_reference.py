@@ -30,7 +30,13 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: in
 
 
 def unpermute_backward(
-    grad: Tensor, rows: Tensor, weights: Tensor, row_order: Tensor, row_index: Tensor, expert_offsets: Tensor, top_k: int
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    row_order: Tensor,
+    row_index: Tensor,
+    expert_offsets: Tensor,
+    top_k: int,
 ) -> tuple[Tensor, Tensor]:
     drows, dweights = torch.zeros_like(rows), torch.zeros_like(weights)
     for r in range(int(expert_offsets[-1])):

@@ -38,7 +38,13 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: in
 
 
 def unpermute_backward(
-    grad: Tensor, rows: Tensor, weights: Tensor, row_order: Tensor, row_index: Tensor, expert_offsets: Tensor, top_k: int
+    grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    row_order: Tensor,
+    row_index: Tensor,
+    expert_offsets: Tensor,
+    top_k: int,
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(rows)
     dead = ~_live(row_order, expert_offsets)

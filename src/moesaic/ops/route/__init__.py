@@ -71,12 +71,14 @@ class RouterConfig:
         reach = num_experts // groups * (self.topk_groups if groups > 1 else 1)
         if not 1 <= self.top_k <= reach:
             raise ValueError(
-                f"{who}: top_k must be between 1 and the {reach} experts that can be chosen, got {self.top_k}; lower it."
+                f"{who}: top_k must be between 1 and the {reach} experts that can be chosen, got {self.top_k}."
             )
         if groups > 1 and self.group_score == "top2_sum" and num_experts // groups < 2:
             raise ValueError(f"{who}: group_score='top2_sum' needs groups of at least 2 experts, got 1; use 'max'.")
         if self.order == "post" and groups > 1:
-            raise ValueError(f"{who}: order='post' has no group form; use order='pre' or 'pre_renorm', got num_groups={groups}.")
+            raise ValueError(
+                f"{who}: order='post' has no group form; use order='pre' or 'pre_renorm', got num_groups={groups}."
+            )
 
     def fields(self) -> tuple:
         """The configuration as plain values, in the order of the private operator's schema."""
@@ -112,11 +114,17 @@ def route(
     if config is None:
         config = RouterConfig(**fields)
     elif fields:
-        raise ValueError(f"{who}: give config or its fields as keywords, not both; got both {config} and {sorted(fields)}.")
+        raise ValueError(
+            f"{who}: give config or its fields as keywords, not both; got both {config} and {sorted(fields)}."
+        )
     if router_logits.dim() != 2:
-        raise ValueError(f"{who}: router_logits must have shape (T, E), got {tuple(router_logits.shape)}; flatten the tokens.")
+        raise ValueError(
+            f"{who}: router_logits must have shape (T, E), got {tuple(router_logits.shape)}; flatten the tokens."
+        )
     if not router_logits.is_floating_point():
-        raise ValueError(f"{who}: router_logits must be floating point, got {router_logits.dtype}; convert with .float().")
+        raise ValueError(
+            f"{who}: router_logits must be floating point, got {router_logits.dtype}; convert with .float()."
+        )
     num_experts = router_logits.shape[1]
     config.check(num_experts)
     if bias is not None:

@@ -1,0 +1,16 @@
+"""moesaic.nn: the layer as torch modules, `MoE(MoEConfig.preset("qwen3-moe"))`, with Hugging Face's parameter names."""
+
+from .config import PRESETS, MoEConfig
+from .modules import Experts, MoE, Router, SharedExperts
+from .state_dict import PER_EXPERT_NAMES, split_experts
+
+__all__ = [
+    "PER_EXPERT_NAMES",
+    "PRESETS",
+    "Experts",
+    "MoE",
+    "MoEConfig",
+    "Router",
+    "SharedExperts",
+    "split_experts",
+]
