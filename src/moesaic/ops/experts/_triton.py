@@ -1,0 +1,171 @@
+"""`fused_experts` in Triton. Forward is three launches: up (gather, product, activation), down, combine.
+
+Legend: `dA'` the gradient at the activations before the routing weight s; `a` the activations; `h` the pre-activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...hardware import tl, triton
+from ..grouped_matmul import _triton as products
+from ..permute._triton import unpermute
+
+
+def why_not(problem) -> str | None:
+    return products.why_not(problem)
+
+
+def default_config(problem) -> tuple[products.Config, products.Config]:
+    """The configurations of the up and the down product."""
+    H, I, rows = problem.hidden_size, problem.intermediate_size, problem.rows_per_expert
+    return (
+        products.gemm_config(problem.arch, problem.dtype, rows, I, H),
+        products.gemm_config(problem.arch, problem.dtype, rows, H, I),
+    )
+
+
+def configs(problem):
+    return products.configs()
+
+
+def fused_experts(
+    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem,
+    config: tuple[products.Config, products.Config] | None = None,
+):  # fmt: skip
+    H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
+    up, down = config or (None, None)
+    x = products.unit_rows(x)
+    hidden = torch.empty((R, act.width(I)) if problem.training else (0,), dtype=x.dtype, device=x.device)
+    a = products.gemm(
+        x, w_gate_up, problem.transposed, expert_offsets, problem, rows=R, N=I, K=H, gather=row_order, top_k=K,
+        bias=b_gate_up, activation=act, hidden=hidden if problem.training else None, config=up,
+    )  # fmt: skip
+    y = products.gemm(
+        a, w_down, problem.transposed, expert_offsets, problem, rows=R, N=H, K=I, bias=b_down, config=down
+    )
+    return unpermute(y, weights, row_index, K) if R else x.new_zeros(x.shape), hidden
+
+
+@triton.jit
+def _activation_backward_kernel(
+    da_ptr, hidden_ptr, weights_ptr, grad_ptr, b_down_ptr, row_order_ptr, offsets_ptr, dh_ptr, scaled_ptr, dweights_ptr,
+    stride_grad,
+    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For one row: `a = act(h)`, `dS = <dA', a> (+ <dO, b_down>)`, `dh = s·dA'·act'(h)`, `s·a`."""
+    row = tl.program_id(0)
+    slot = tl.load(row_order_ptr + row)
+    live = row < tl.load(offsets_ptr + E)
+    if not live:
+        if WEIGHTED:
+            tl.store(dweights_ptr + slot, 0.0)
+        return
+    scale = 1.0
+    if WEIGHTED:
+        scale = tl.load(weights_ptr + slot).to(tl.float32)
+    row = row.to(tl.int64)
+    WIDTH: tl.constexpr = 2 * I if GATED else I
+    dot = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, I, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        mask = offs < I
+        d = tl.load(da_ptr + row * I + offs, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            offs_g = offs * 2 if INTERLEAVED else offs
+            offs_u = offs * 2 + 1 if INTERLEAVED else offs + I
+            g = tl.load(hidden_ptr + row * WIDTH + offs_g, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(hidden_ptr + row * WIDTH + offs_u, mask=mask, other=0.0).to(tl.float32)
+            a = FORWARD(g, u, ALPHA, LIMIT)
+            dg, du = BACKWARD(g, u, d * scale, ALPHA, LIMIT)
+            tl.store(dh_ptr + row * WIDTH + offs_g, dg.to(dh_ptr.dtype.element_ty), mask=mask)
+            tl.store(dh_ptr + row * WIDTH + offs_u, du.to(dh_ptr.dtype.element_ty), mask=mask)
+        else:
+            u = tl.load(hidden_ptr + row * WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
+            a = FORWARD(u, ALPHA, LIMIT)
+            du = BACKWARD(u, d * scale, ALPHA, LIMIT)
+            tl.store(dh_ptr + row * WIDTH + offs, du.to(dh_ptr.dtype.element_ty), mask=mask)
+        dot += tl.where(mask, d * a, 0.0)
+        tl.store(scaled_ptr + row * I + offs, (a * scale).to(scaled_ptr.dtype.element_ty), mask=mask)
+    if WEIGHTED:
+        ds = tl.sum(dot, 0)
+        if HAS_BIAS:
+            e = tl.arange(0, E_POW2)
+            ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=2147483647)
+            expert = tl.sum((ends <= row).to(tl.int32), 0)
+            dot = tl.zeros((BLOCK,), tl.float32)
+            for h in range(0, H, BLOCK):
+                offs = h + tl.arange(0, BLOCK)
+                grad = tl.load(grad_ptr + (slot // TOP_K).to(tl.int64) * stride_grad + offs, mask=offs < H, other=0.0)
+                bias = tl.load(b_down_ptr + expert * H + offs, mask=offs < H, other=0.0)
+                dot += grad.to(tl.float32) * bias.to(tl.float32)
+            ds += tl.sum(dot, 0)
+        tl.store(dweights_ptr + slot, ds.to(dweights_ptr.dtype.element_ty))
+
+
+def fused_experts_backward(
+    grad,
+    hidden,
+    x,
+    w_gate_up,
+    w_down,
+    weights,
+    b_gate_up,
+    b_down,
+    row_order,
+    row_index,
+    expert_offsets,
+    act,
+    problem,
+    needs,
+):
+    need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
+    H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
+    out: list[Tensor] = [grad.new_empty(0) for _ in needs]
+    if R == 0:
+        inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
+        return tuple(torch.zeros_like(t) if need else o for t, need, o in zip(inputs, needs, out, strict=True))
+    grad, x = products.unit_rows(grad), products.unit_rows(x)
+    if need_x or need_up or need_bup or need_weights or need_down:
+        da = products.gemm(grad, w_down, not problem.transposed, expert_offsets, problem, rows=R, N=I, K=H,
+                           gather=row_order, top_k=K)  # fmt: skip
+        dh, scaled, out[3] = _activation_backward(
+            da, hidden, weights, grad, b_down, row_order, expert_offsets, act, problem
+        )
+        if need_down:
+            out[2] = products.wgrad(grad, scaled, expert_offsets, w_down, problem.transposed, problem,
+                                    left_gather=row_order, top_k=K)  # fmt: skip
+        if need_up:
+            out[1] = products.wgrad(dh, x, expert_offsets, w_gate_up, problem.transposed, problem,
+                                    right_gather=row_order, top_k=K)  # fmt: skip
+        if need_bup:
+            out[4] = products.bias_grad(dh, expert_offsets, b_gate_up)
+        if need_x:
+            dxs = products.gemm(
+                dh, w_gate_up, not problem.transposed, expert_offsets, problem, rows=R, N=H, K=act.width(I)
+            )
+            out[0] = unpermute(dxs, None, row_index, K)
+    if need_bdown:
+        out[5] = products.bias_grad(grad, expert_offsets, b_down, row_order, weights, K)
+    if not need_weights:
+        out[3] = grad.new_empty(0)
+    return tuple(out)
+
+
+def _activation_backward(da, hidden, weights, grad, b_down, row_order, expert_offsets, act, problem):
+    """`(dh, s·a, dweights)`, one program a row."""
+    R, I = da.shape
+    dh, scaled = torch.empty_like(hidden), torch.empty_like(da)
+    dweights = torch.empty(weights.shape if weights is not None else (0,), dtype=torch.float32, device=da.device)
+    forward, backward = act.device
+    E = expert_offsets.shape[0] - 1
+    block = min(1024, max(16, products.pow2(I)))
+    _activation_backward_kernel[(R,)](
+        da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights, grad.stride(0),
+        problem.hidden_size, I, E, products.pow2(E), problem.top_k, forward, backward, act.gated, problem.interleaved,
+        act.alpha, act.limit, weights is not None, b_down is not None, block,
+    )  # fmt: skip
+    return dh, scaled, dweights

@@ -1,0 +1,347 @@
+"""`grouped_matmul` in Triton: one kernel for every product of rows with their experts' matrices, one for weight gradients.
+
+Legend: M rows, N output columns, K contraction; a *slot* is a place in the grid that may hold a tile of rows. Where the
+tiles lie is known on the device only, so grids are upper bounds and surplus slots leave at once: no host synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...hardware import tl, triton
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 16
+
+
+def why_not(problem) -> str | None:
+    if problem.dtype not in DTYPES:
+        return f"needs bf16, fp16 or fp32, got {str(problem.dtype).removeprefix('torch.')}"
+    return None
+
+
+def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K: int) -> Config:
+    """The tile for a mean number of rows an expert; measured on an H200 for sm_90, sized to shared memory elsewhere."""
+    if dtype == torch.float32:
+        return Config(16 if rows_per_expert <= 16 else 64, 64, 32, 4, 2)
+    if arch.startswith("gfx"):  # 64 KiB of LDS
+        if rows_per_expert <= 16:
+            return Config(16, 64, 128, 4, 2)
+        return Config(32 if rows_per_expert <= 32 else 64 if rows_per_expert <= 64 else 128, 128, 64, 8, 2)
+    small_memory = arch in ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory a block
+    if rows_per_expert <= 16:
+        return Config(16, 64, 128, 4, 3 if small_memory else 4)
+    if rows_per_expert <= 32:
+        return Config(32, 64 if small_memory else 128, 64, 4, 4)
+    if rows_per_expert <= 64:
+        return Config(64, 128, 64, 4, 3 if small_memory else 4)
+    if arch in ("sm_90", "sm_100", "sm_103"):
+        return Config(128, 256, 64, 8, 3)
+    return Config(128, 128, 32 if small_memory else 64, 8, 3)
+
+
+def configs() -> Iterator[Config]:
+    """What tuning may try."""
+    for m, n, k, warps, stages in (
+        (16, 64, 128, 4, 4), (16, 128, 64, 4, 4), (16, 32, 256, 4, 4), (32, 128, 64, 4, 4), (64, 128, 64, 4, 4),
+        (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
+    ):  # fmt: skip
+        yield Config(m, n, k, warps, stages)
+
+
+# ---------------------------------------------------------------- device code shared by the kernels
+@triton.jit
+def locate_tile(
+    offsets_ptr, slot, R, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_M: tl.constexpr, BY_ROW: tl.constexpr
+):
+    """`(expert, first row, end of the expert's rows)` of a slot; the slot is empty when first row >= end.
+
+    With few rows (`BY_ROW`) slot s belongs to row s, and holds a tile if that row starts one. Otherwise expert e owns the
+    slots from `offsets[e] // BLOCK_M + e` on: never too few, since floor(b/m) - floor(a/m) + 1 >= ceil((b-a)/m), and
+    monotone, so the expert is a count. Expert E stands for the rows behind the last expert's.
+    """
+    e = tl.arange(0, E_POW2)
+    ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=2147483647)
+    if BY_ROW:
+        expert = tl.sum((ends <= slot).to(tl.int32), 0)
+    else:
+        expert = tl.sum((ends // BLOCK_M + e + 1 <= slot).to(tl.int32), 0)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + tl.minimum(expert + 1, E))
+    end = tl.where(expert == E, R, end)
+    if BY_ROW:
+        row = tl.where((slot - start) % BLOCK_M == 0, slot, end)
+    else:
+        row = start + (slot - start // BLOCK_M - expert) * BLOCK_M
+    return expert, row, end
+
+
+@triton.jit
+def identity(x, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    return x
+
+
+@triton.jit(do_not_specialize=["R", "num_slots"])
+def _grouped_gemm_kernel(
+    x_ptr, gather_ptr, w_ptr, bias_ptr, out_ptr, hidden_ptr, offsets_ptr,
+    stride_xm, stride_we, stride_wn, stride_wk,
+    R, num_slots,
+    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, GATHER: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr, ZERO_TAIL: tl.constexpr, BY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts columns of out, of which a gated tile makes BLOCK_N / 2."""
+    # locate tile: slots of a group are neighbours in time, so that they share a weight tile through the L2
+    OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    num_n: tl.constexpr = (N + OUT_N - 1) // OUT_N
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * num_n)
+    in_group = tl.minimum(num_slots - group * GROUP_M, GROUP_M)
+    slot = group * GROUP_M + (pid % (GROUP_M * num_n)) % in_group
+    tile_n = (pid % (GROUP_M * num_n)) // in_group
+    expert, row, end = locate_tile(offsets_ptr, slot, R, E, E_POW2, BLOCK_M, BY_ROW)
+    if row >= end:
+        return
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < end
+    offs_out = tile_n * OUT_N + tl.arange(0, OUT_N)
+    mask_out = offs_out < N
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_out[None, :]
+    if ZERO_TAIL:
+        if expert == E:
+            tl.store(
+                out_ptrs, tl.zeros((BLOCK_M, OUT_N), out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_out[None, :]
+            )
+            return
+
+    # pointers: rows and columns outside are read from the nearest inside and never stored, so loads need no mask for them
+    src = tl.minimum(offs_m, end - 1)
+    if GATHER > 0:
+        src = tl.load(gather_ptr + src) // GATHER
+    j = tl.arange(0, BLOCK_N)
+    if GATED:
+        column = tl.minimum(tile_n * OUT_N + j % OUT_N, N - 1)
+        offs_n = column * 2 + j // OUT_N if INTERLEAVED else column + (j // OUT_N) * N
+    else:
+        offs_n = tl.minimum(tile_n * OUT_N + j, N - 1)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + src.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+    w_base = w_ptr + expert.to(tl.int64) * stride_we
+    w_ptrs = w_base + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+
+    # main loop
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+            w = tl.load(w_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+
+    # epilogue
+    WIDTH: tl.constexpr = 2 * N if GATED else N
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert * WIDTH + offs_n).to(tl.float32)[None, :]
+    if SAVE_HIDDEN:
+        inside = (tile_n * OUT_N + j % OUT_N) < N
+        hidden_ptrs = hidden_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
+        tl.store(hidden_ptrs, acc.to(hidden_ptr.dtype.element_ty), mask=mask_m[:, None] & inside[None, :])
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, OUT_N)), (0, 2, 1)))
+        y = ACTIVATION(gate, up, ALPHA, LIMIT)
+    else:
+        y = ACTIVATION(acc, ALPHA, LIMIT)
+
+    # store
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_out[None, :])
+
+
+@triton.jit
+def _grouped_wgrad_kernel(
+    left_ptr, left_gather_ptr, right_ptr, right_gather_ptr, out_ptr, offsets_ptr,
+    stride_left, stride_right, stride_oe, stride_on, stride_ok,
+    N: tl.constexpr, K: tl.constexpr, LEFT_GATHER: tl.constexpr, RIGHT_GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`out[e] = left[rows of e].T @ right[rows of e]`, (N, K); an expert without rows gets zeros."""
+    # locate tile
+    expert = tl.program_id(2)
+    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_n, mask_k = offs_n < N, offs_k < K
+
+    # main loop (pointers are made in it: each row may come from anywhere)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for r in range(start, end, BLOCK_R):
+        rows = r + tl.arange(0, BLOCK_R)
+        live = rows < end
+        left_rows = rows
+        if LEFT_GATHER > 0:
+            left_rows = tl.load(left_gather_ptr + rows, mask=live, other=0) // LEFT_GATHER
+        right_rows = rows
+        if RIGHT_GATHER > 0:
+            right_rows = tl.load(right_gather_ptr + rows, mask=live, other=0) // RIGHT_GATHER
+        left_ptrs = left_ptr + left_rows.to(tl.int64)[:, None] * stride_left + offs_n[None, :]
+        right_ptrs = right_ptr + right_rows.to(tl.int64)[:, None] * stride_right + offs_k[None, :]
+        left = tl.load(left_ptrs, mask=live[:, None] & mask_n[None, :], other=0.0)
+        right = tl.load(right_ptrs, mask=live[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+
+    # store
+    out_ptrs = out_ptr + expert.to(tl.int64) * stride_oe + offs_n[:, None] * stride_on + offs_k[None, :] * stride_ok
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+
+
+@triton.jit
+def _bias_grad_kernel(
+    grad_ptr, gather_ptr, weights_ptr, out_ptr, offsets_ptr, stride_grad,
+    N: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`out[e] = sum over its rows of (weight ·) grad`; with GATHER the row is the slot's token, the weight the slot's."""
+    expert = tl.program_id(1)
+    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for r in range(start, end, BLOCK_R):
+        rows = r + tl.arange(0, BLOCK_R)
+        live = rows < end
+        source = rows
+        if GATHER > 0:
+            slots = tl.load(gather_ptr + rows, mask=live, other=0)
+            source = slots // GATHER
+        ptrs = grad_ptr + source.to(tl.int64)[:, None] * stride_grad + offs_n[None, :]
+        g = tl.load(ptrs, mask=live[:, None] & (offs_n < N)[None, :], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            g *= tl.load(weights_ptr + slots, mask=live, other=0.0)[:, None]
+        acc += tl.sum(g, 0)
+    tl.store(out_ptr + expert * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+# ---------------------------------------------------------------- launches
+def pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _precision(problem) -> str:
+    return "tf32" if problem.allow_tf32 and problem.dtype == torch.float32 else "ieee"
+
+
+def gemm(
+    x: Tensor, w: Tensor, transposed: bool, expert_offsets: Tensor, problem, *, rows: int, N: int, K: int,
+    gather: Tensor | None = None, top_k: int = 0, bias: Tensor | None = None, activation=None, hidden: Tensor | None = None,
+    zero_tail: bool = False, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch `_grouped_gemm_kernel`. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N counts output columns."""
+    E = expert_offsets.shape[0] - 1
+    out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out
+    config = config or gemm_config(problem.arch, x.dtype, rows / E, N, K)
+    gated = activation is not None and activation.gated
+    tile_n = config.block_n // 2 if gated else config.block_n
+    by_row = rows <= rows // config.block_m + E
+    num_slots = rows if by_row else rows // config.block_m + E + zero_tail
+    stride_we, stride_wn, stride_wk = w.stride() if not transposed else (w.stride(0), w.stride(2), w.stride(1))
+    _grouped_gemm_kernel[(num_slots * triton.cdiv(N, tile_n),)](
+        x, gather, w, bias, out, hidden, expert_offsets,
+        x.stride(0), stride_we, stride_wn, stride_wk,
+        rows, num_slots,
+        N, K, E, pow2(E), top_k if gather is not None else 0,
+        identity if activation is None else activation.device[0], gated, problem.interleaved,
+        1.0 if activation is None else activation.alpha, 0.0 if activation is None else activation.limit,
+        bias is not None, hidden is not None, zero_tail, by_row,
+        _precision(problem),
+        config.block_m, config.block_n, config.block_k, config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def wgrad(
+    left: Tensor, right: Tensor, expert_offsets: Tensor, w: Tensor, transposed: bool, problem,
+    left_gather: Tensor | None = None, right_gather: Tensor | None = None, top_k: int = 0,
+) -> Tensor:  # fmt: skip
+    """Launch `_grouped_wgrad_kernel`: the gradient of `w` from `left` (N columns) and `right` (K columns)."""
+    out = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    E, N, K = w.shape[0], left.shape[1], right.shape[1]
+    wide = left.dtype == torch.float32
+    block_n, block_k, block_r = (64, 64, 32) if wide else (128, 128, 64 if problem.arch != "gfx942" else 32)
+    strides = (out.stride(0), out.stride(2), out.stride(1)) if transposed else out.stride()
+    _grouped_wgrad_kernel[(triton.cdiv(K, block_k), triton.cdiv(N, block_n), E)](
+        left, left_gather, right, right_gather, out, expert_offsets, left.stride(0), right.stride(0), *strides,
+        N, K, top_k if left_gather is not None else 0, top_k if right_gather is not None else 0, _precision(problem),
+        block_n, block_k, block_r, num_warps=4 if wide else 8, num_stages=2 if wide else 3,
+    )  # fmt: skip
+    return out
+
+
+def bias_grad(
+    grad: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor,
+    gather: Tensor | None = None,
+    weights: Tensor | None = None,
+    top_k: int = 0,
+) -> Tensor:
+    out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    E, N = bias.shape
+    block_n = min(256, max(16, pow2(N)))
+    _bias_grad_kernel[(triton.cdiv(N, block_n), E)](
+        grad, gather, weights, out, expert_offsets, grad.stride(0),
+        N, top_k if gather is not None else 0, weights is not None, 32, block_n,
+    )  # fmt: skip
+    return out
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x with unit stride along its rows, copied only if it has not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def default_config(problem) -> Config:
+    return gemm_config(
+        problem.arch, problem.dtype, problem.rows_per_expert, problem.intermediate_size, problem.hidden_size
+    )
+
+
+def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
+    return gemm(
+        unit_rows(rows), w, problem.transposed, expert_offsets, problem, rows=rows.shape[0],
+        N=problem.intermediate_size, K=problem.hidden_size, bias=None if bias is None else bias.contiguous(), zero_tail=True,
+    )  # fmt: skip
+
+
+def grouped_matmul_backward(grad, rows, w, expert_offsets, bias, problem, needs):
+    drows, dw, dbias = (rows.new_empty(0) for _ in range(3))
+    grad, rows = unit_rows(grad), unit_rows(rows)
+    if needs[0]:
+        drows = gemm(grad, w, not problem.transposed, expert_offsets, problem, rows=grad.shape[0], N=problem.hidden_size,
+                     K=problem.intermediate_size, zero_tail=True)  # fmt: skip
+    if needs[1]:
+        dw = wgrad(grad, rows, expert_offsets, w, problem.transposed, problem)
+    if needs[2]:
+        dbias = bias_grad(grad, expert_offsets, bias)
+    return drows, dw, dbias

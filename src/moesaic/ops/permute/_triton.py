@@ -1,0 +1,116 @@
+"""`permute` and `unpermute` in Triton: gathers both ways, so nothing is added in an order that chance decides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...hardware import tl, triton
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def why_not(problem) -> str | None:
+    if problem.dtype not in DTYPES:
+        return f"needs bf16, fp16 or fp32, got {str(problem.dtype).removeprefix('torch.')}"
+    return None
+
+
+@triton.jit
+def _permute_kernel(
+    x_ptr, row_order_ptr, live_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`out[r] = x[row_order[r] // TOP_K]`, zero for rows past the live ones."""
+    row = tl.program_id(0)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(row_order_ptr + row) // TOP_K
+    mask = (offs < H) & (row < tl.load(live_ptr))
+    x = tl.load(x_ptr + token.to(tl.int64) * stride_x + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * H + offs, x, mask=offs < H)
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr, row_index_ptr, weights_ptr, out_ptr, stride_rows,
+    H: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`out[t] = sum_k w[t, k] · rows[row_index[t, k]]` in fp32, in the order of k; slots without a row are skipped."""
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_index_ptr + token * TOP_K + k)
+        live = row >= 0
+        x = tl.load(rows_ptr + row.to(tl.int64) * stride_rows + offs, mask=live & (offs < H), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            x *= tl.load(weights_ptr + token * TOP_K + k, mask=live, other=0.0).to(tl.float32)
+        acc += x
+    tl.store(out_ptr + token * H + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < H)
+
+
+@triton.jit
+def _combine_backward_kernel(
+    grad_ptr, rows_ptr, weights_ptr, row_order_ptr, live_ptr, drows_ptr, dweights_ptr, stride_grad, stride_rows,
+    H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`drows[r] = w[slot] · grad[token]`, `dw[slot] = <grad[token], rows[r]>`; zeros for dropped slots."""
+    row = tl.program_id(0)
+    slot = tl.load(row_order_ptr + row)
+    live = row < tl.load(live_ptr)
+    weight = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)
+    grad_ptr += (slot // TOP_K).to(tl.int64) * stride_grad
+    rows_ptr += row.to(tl.int64) * stride_rows
+    dot = tl.zeros((BLOCK,), tl.float32)
+    for h in range(0, H, BLOCK):
+        offs = h + tl.arange(0, BLOCK)
+        mask = live & (offs < H)
+        g = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dot += g * tl.load(rows_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        drow = (weight * g).to(drows_ptr.dtype.element_ty)
+        tl.store(drows_ptr + row.to(tl.int64) * H + offs, drow, mask=offs < H)
+    tl.store(dweights_ptr + slot, tl.sum(dot, 0).to(dweights_ptr.dtype.element_ty))
+
+
+def _block(H: int) -> int:
+    """Columns a program: 16 bytes a thread and load at 4 warps, several loads in flight."""
+    return min(2048, max(16, triton.next_power_of_2(H)))
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
+    R, H, x = row_order.shape[0], x.shape[1], _unit_rows(x)
+    out = torch.empty(R, H, dtype=x.dtype, device=x.device)
+    if out.numel():
+        block = _block(H)
+        _permute_kernel[(R, triton.cdiv(H, block))](
+            x, row_order, expert_offsets[-1:], out, x.stride(0), H, top_k, block
+        )
+    return out
+
+
+def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
+    T, H, rows = row_index.shape[0] // top_k, rows.shape[1], _unit_rows(rows)
+    out = torch.empty(T, H, dtype=rows.dtype, device=rows.device)
+    if out.numel():
+        block = min(_block(H), 1024)
+        _combine_kernel[(T, triton.cdiv(H, block))](
+            rows, row_index, None if weights is None else weights.contiguous(), out, rows.stride(0),
+            H, top_k, weights is not None, block,
+        )  # fmt: skip
+    return out
+
+
+def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets, top_k):
+    grad, rows = _unit_rows(grad), _unit_rows(rows)
+    drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    dweights = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    R, H = rows.shape
+    if R:
+        _combine_backward_kernel[(R,)](
+            grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights, grad.stride(0),
+            rows.stride(0), H, top_k, _block(H),
+        )  # fmt: skip
+    return drows, dweights
