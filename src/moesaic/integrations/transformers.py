@@ -1,9 +1,10 @@
 """Hugging Face transformers: importing this module registers `experts_implementation="moesaic"`.
 
 The name is put in two registries, since the experts of an FP8 checkpoint are dispatched through one of their own. An
-experts function gets `(module, hidden_states (T, H), top_k_index (T, K), top_k_weights (T, K))` and returns `(T, H)`; the
-module's attributes say how its weights are stored and what its activation is. Attributes that some releases lack are read
-with a default. Weights are read at every call and nothing made from them is kept, so adapters, sharding and training work.
+experts function gets the module, hidden_states `(T, H)`, top_k_index `(T, K)` and top_k_weights `(T, K)`, and returns
+`(T, H)`; attributes of the module say how its weights are stored and what its activation is. Attributes that some
+releases lack are read with a default. Weights are read at every call and nothing made from them is kept, so adapters,
+sharding and training work.
 
 Two paths, chosen by `plan`:
 - fused: the activation is an entry of `ACTIVATIONS`, so the whole layer is one `fused_experts`;
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,40 +55,63 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": 
 _CONSTANTS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit", "gate_softcap", "up_softcap")
 
 
+class Flags(NamedTuple):
+    """How a module's weights are stored and used, from the attributes that transformers' decorator leaves on it."""
+
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    bias: bool
+    post_norm: bool
+
+    @classmethod
+    def of(cls, experts: Any) -> Flags:
+        return cls(
+            getattr(experts, "has_gate", True), not getattr(experts, "is_concatenated", True),
+            getattr(experts, "is_transposed", False), getattr(experts, "has_bias", False),
+            getattr(experts, "has_post_expert_norm", False),
+        )  # fmt: skip
+
+    @property
+    def up(self) -> str:
+        """The name of the first matrix."""
+        return "gate_up_proj" if self.gated else "up_proj"
+
+
 # ---------------------------------------------------------------- the experts function
-def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls for each layer of experts: `y[t] = sum_k top_k_weights[t, k] · expert(hidden_states[t])`.
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls for each layer: `y[t] = sum_k top_k_weights[t, k] · expert(top_k_index[t, k])(x[t])`.
 
     Args:
         experts: the module that owns the weights; only its attributes are read.
         hidden_states: `(T, H)`, converted to the weights' dtype if it differs (norms may leave fp32 under autocast).
-        top_k_index: `(T, K)` integers. An id outside `[0, E)` is another rank's expert: its slot is skipped, its routing
-            weight is not read and gets a zero gradient.
+        top_k_index: `(T, K)` integers. An id outside `[0, E)` is another rank's expert (transformers writes E): its
+            slot is skipped and its routing weight, whatever it is, gets a zero gradient.
         top_k_weights: `(T, K)`, any float dtype.
 
     Returns:
         `(T, H)` in the dtype of hidden_states.
 
+    Raises:
+        ValueError: shapes, dtypes or devices disagree. Unsupported: weights packed in a format that is not read here.
+
     Differentiable in hidden_states, the weights and biases (not FP8 ones) and top_k_weights. Deterministic.
     """
-    chosen = plan(experts)
-    dtype = _compute_dtype(experts, hidden_states)
-    w_up, w_down, top_k_index = _weights(experts, top_k_index, dtype)
-    up = _up_name(experts)
-    has_bias, transposed = getattr(experts, "has_bias", False), getattr(experts, "is_transposed", False)
-    b_up = getattr(experts, f"{up}_bias") if has_bias else None
-    b_down = experts.down_proj_bias if has_bias else None
-    routing = Routing.from_topk(top_k_weights, _local(top_k_index, w_down.shape[0]), w_down.shape[0])
-    x = hidden_states.to(dtype)
+    chosen, flags = plan(experts), Flags.of(experts)
+    w_up, w_down, ids = _weights(experts, flags, top_k_index, hidden_states.dtype)
+    b_up, b_down = (getattr(experts, f"{flags.up}_bias"), experts.down_proj_bias) if flags.bias else (None, None)
+    routing = Routing.from_topk(top_k_weights, _local(ids, w_down.shape[0]), w_down.shape[0])
+    x = hidden_states.to(w_down.dtype)
     if chosen.activation is not None:
-        layout = "concatenated" if getattr(experts, "is_concatenated", True) else "interleaved"
-        y = fused_experts(x, w_up, w_down, routing, activation=chosen.activation, b_gate_up=b_up, b_down=b_down,
-                          layout=layout, transposed=transposed)  # fmt: skip
+        y = fused_experts(
+            x, w_up, w_down, routing, activation=chosen.activation, b_gate_up=b_up, b_down=b_down,
+            layout="interleaved" if flags.interleaved else "concatenated", transposed=flags.transposed,
+        )  # fmt: skip
         return y.to(hidden_states.dtype)
-    rows = grouped_matmul(permute(x, routing), w_up, routing, bias=b_up, transposed=transposed)
-    rows = experts._apply_gate(rows) if getattr(experts, "has_gate", True) else experts.act_fn(rows)
-    rows = grouped_matmul(rows, w_down, routing, bias=b_down, transposed=transposed)
-    if getattr(experts, "has_post_expert_norm", False):
+    rows = grouped_matmul(permute(x, routing), w_up, routing, bias=b_up, transposed=flags.transposed)
+    rows = experts._apply_gate(rows) if flags.gated else experts.act_fn(rows)
+    rows = grouped_matmul(rows, w_down, routing, bias=b_down, transposed=flags.transposed)
+    if flags.post_norm:
         rows = experts.post_expert_norm(rows)
     return unpermute(rows, routing).to(hidden_states.dtype)
 
@@ -97,10 +122,6 @@ def register() -> None:
     FP8ExpertsInterface.register(NAME, experts_forward)
 
 
-def _up_name(experts: nn.Module) -> str:
-    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-
-
 def _local(ids: Tensor, num_experts: int) -> Tensor:
     """`ids` with those of other ranks made -1. On a GPU the operator does that itself, without these launches."""
     if ids.is_cuda:
@@ -109,33 +130,26 @@ def _local(ids: Tensor, num_experts: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- weights
-def _compute_dtype(experts: nn.Module, hidden_states: Tensor) -> torch.dtype:
-    """The weights' dtype, or that of the tokens where the weights are stored in a byte."""
-    dtype = experts.down_proj.dtype
-    return hidden_states.dtype if dtype.itemsize == 1 else dtype
+def _weights(experts: Any, flags: Flags, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Both weights, and the ids that index them. FP8 weights are decoded to `dtype`, at each call.
 
-
-def _weights(experts: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Both weights in `dtype`, and the ids that index them.
-
-    FP8 weights are decoded at each call. When fewer slots than experts are chosen (decode) only the chosen experts are
-    decoded, one copy a slot, and the ids count slots: no host synchronisation, and less to read.
+    When fewer slots than experts are chosen (decode) only the chosen experts are decoded, one copy a slot, and the ids
+    count slots: no host synchronisation, and less to read.
     """
-    names = (_up_name(experts), "down_proj")
+    names = (flags.up, "down_proj")
     w_up, w_down = (getattr(experts, name) for name in names)
     if w_down.dtype.itemsize > 1:
         return w_up, w_down, ids
     if not w_down.is_floating_point():
         raise Unsupported(
-            f"moesaic: expert weights of {type(experts).__name__} must be float8 or wider, got packed {w_down.dtype} "
-            "(FP4); load with FineGrainedFP8Config(dequantize=True) or another experts_implementation."
+            f"moesaic: expert weights of {type(experts).__name__} must be float8 or wider floats, got {w_down.dtype} "
+            "(packed FP4, or another quantisation); dequantise at load, or choose another experts_implementation."
         )
     scales = [getattr(experts, f"{name}_scale_inv") for name in names]
     E, slots = w_down.shape[0], ids.numel()
     if slots < E:
         here = ids.reshape(-1).clamp(0, E - 1)
-        w_up, w_down = (_bytes(w)[here].view(w.dtype) for w in (w_up, w_down))
-        scales = [_gather(s, here) for s in scales]
+        w_up, w_down, *scales = (_pick(t, here) for t in (w_up, w_down, *scales))
         count = torch.arange(slots, device=ids.device).view(ids.shape)
         ids = torch.where((ids >= 0) & (ids < E), count, -1)
     block = getattr(experts, "block_size", None)
@@ -143,12 +157,10 @@ def _weights(experts: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return w_up, w_down, ids
 
 
-def _bytes(w: Tensor) -> Tensor:
-    return w.detach().view(torch.uint8)  # indexing is not implemented for every float8 dtype
-
-
-def _gather(scale: Tensor, experts: Tensor) -> Tensor:
-    return _bytes(scale)[experts].view(scale.dtype) if scale.dtype.itemsize == 1 else scale.detach()[experts]
+def _pick(t: Tensor, experts: Tensor) -> Tensor:
+    """`t[experts]`, by bytes where t is FP8: indexing is not implemented for all of its dtypes."""
+    t = t.detach()
+    return t.view(torch.uint8)[experts].view(t.dtype) if t.dtype.itemsize == 1 else t[experts]
 
 
 def dequantize_blocks(w: Tensor, scale: Tensor, block_size, dtype: torch.dtype) -> Tensor:
@@ -186,14 +198,13 @@ class Plan:
         return "composed" if self.activation is None else "fused"
 
 
-def plan(experts: nn.Module) -> Plan:
+def plan(experts: Any) -> Plan:
     """Choose the path of a module from its class, flags and constants. It reads no tensor and works while tracing."""
-    own, act = vars(experts), getattr(experts, "act_fn", None)
+    own = vars(experts)
+    gate = None if "_apply_gate" in own else type(experts)._apply_gate
     constants = tuple(own.get(name) if isinstance(own.get(name), (int, float)) else None for name in _CONSTANTS)
-    name, alpha, limit, why = _plan(
-        None if "_apply_gate" in own else type(experts)._apply_gate, type(act), getattr(experts, "has_gate", True),
-        not getattr(experts, "is_concatenated", True), getattr(experts, "has_post_expert_norm", False), constants,
-    )  # fmt: skip
+    flags, act = tuple(Flags.of(experts)), type(getattr(experts, "act_fn", None))
+    name, alpha, limit, why = _plan(gate, act, flags, constants)
     if not name:
         return Plan(None, why)
     entry = ACTIVATIONS[name]
@@ -201,32 +212,38 @@ def plan(experts: nn.Module) -> Plan:
 
 
 @torch.compiler.assume_constant_result  # a function of classes and numbers, all of which the tracer guards
-def _plan(gate: Callable | None, act: type, gated: bool, interleaved: bool, post_norm: bool, constants: tuple) -> tuple:
-    """`plan` in plain values, since a tracer cannot take an `Activation` for a constant."""
-    chosen = _recognise(gate, act, gated, interleaved, post_norm, constants)
+def _plan(gate: Callable | None, act: type, flags: tuple, constants: tuple) -> tuple[str, float, float, str]:
+    """`plan` in plain values, since a tracer cannot take a `Flags` or an `Activation` for a constant."""
+    chosen = _recognise(gate, act, Flags(*flags), constants)
     if chosen.activation is None:
         return "", 0.0, 0.0, chosen.why
     return chosen.activation.name, chosen.activation.alpha, chosen.activation.limit, chosen.why
 
 
 @functools.cache
-def _recognise(gate, act, gated, interleaved, post_norm, constants) -> Plan:
-    scalar = _SCALARS.get(act)
-    if post_norm:
+def _recognise(gate: Callable | None, act: type, flags: Flags, constants: tuple) -> Plan:
+    """The entry of an activation: looked up for transformers' own gate, found by `_match` for any other."""
+    scalar = _SCALARS.get(act, "")
+    if flags.post_norm:
         return Plan(None, "its experts end in a norm of their own")
-    if not gated:
-        return Plan(ACTIVATIONS[scalar], f"{act.__name__}, no gate") if scalar else Plan(None, f"{act.__name__} is not in ACTIVATIONS")
+    if not flags.gated:
+        return _listed(scalar, f"{act.__name__} without gate")
     if gate is None:
         return Plan(None, "its gate was replaced on the instance")
-    if gate is _default_apply_gate and not interleaved:
-        if scalar in _GATED:
-            return Plan(ACTIVATIONS[_GATED[scalar]], f"{act.__name__} gate")
-        return Plan(None, f"a gate of {act.__name__} is not in ACTIVATIONS")
-    with ThreadPoolExecutor(1) as fresh:  # a thread of its own has none of the caller's modes: no_grad, autocast, an export
-        return fresh.submit(_match, gate, scalar, interleaved, dict(zip(_CONSTANTS, constants, strict=True))).result()
+    if gate is _default_apply_gate and not flags.interleaved:
+        return _listed(_GATED.get(scalar, ""), f"a gate of {act.__name__}")
+    # a thread of its own has none of the caller's modes: no_grad, autocast, a default device, an export
+    with ThreadPoolExecutor(1) as fresh:
+        named = dict(zip(_CONSTANTS, constants, strict=True))
+        return fresh.submit(_match, gate, scalar, flags.interleaved, named).result()
 
 
-def _match(gate: Callable, scalar: str | None, interleaved: bool, constants: dict) -> Plan:
+def _listed(name: str, what: str) -> Plan:
+    entry = ACTIVATIONS.get(name)
+    return Plan(entry, what if entry else f"{what} is not in ACTIVATIONS")
+
+
+def _match(gate: Callable, scalar: str, interleaved: bool, constants: dict) -> Plan:
     """Find the entry that computes the same as a class's own `_apply_gate`, by running both.
 
     The gate runs on a stand-in that has the module's constants and nothing else. A gate that reads more than those (a
@@ -322,7 +339,7 @@ def report(model: nn.Module, tokens: int = 512, training: bool = False) -> Repor
     return Report(tuple(
         _line(name, module, tokens, training)
         for name, module in model.named_modules()
-        if _dispatched(module) or (type(module).__name__.endswith("Experts") and any(module.parameters()))
+        if _dispatched(module) or (type(module).__name__.endswith("Experts") and _has_weights(module))
     ))  # fmt: skip
 
 
@@ -331,47 +348,46 @@ def _dispatched(module: nn.Module) -> bool:
     return {"config", "has_bias", "is_transposed"} <= vars(module).keys() and hasattr(module, "down_proj")
 
 
-def _line(name: str, experts: nn.Module, tokens: int, training: bool) -> Line:
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _line(name: str, experts: Any, tokens: int, training: bool) -> Line:
     kind = type(experts).__name__
     if not _dispatched(experts):
         return Line(name, kind, "not ours", "this class does not go through transformers' experts registry")
     current = getattr(experts.config, "_experts_implementation", None)
     if current != NAME:
         return Line(name, kind, "not ours", f"runs {current!r}; call model.set_experts_implementation({NAME!r})")
-    chosen, w_down = plan(experts), experts.down_proj
-    transposed, bias = getattr(experts, "is_transposed", False), getattr(experts, "has_bias", False)
-    E, I, H = w_down.shape if transposed else (w_down.shape[0], w_down.shape[2], w_down.shape[1])
-    interleaved = not getattr(experts, "is_concatenated", True)
+    chosen, flags, w_down, top_k = plan(experts), Flags.of(experts), experts.down_proj, _top_k(experts.config)
+    E, H, I = w_down.shape if not flags.transposed else (w_down.shape[0], w_down.shape[2], w_down.shape[1])
     byte = w_down.dtype.itemsize == 1
-    layout = ["interleaved"] * interleaved + ["transposed"] * transposed + ["bias"] * bias + ["fp8"] * byte
-    common = dict(
-        device=w_down.device.type, arch=arch_of(w_down.device), num_experts=E,
-        dtype=_stated_dtype(experts) if byte else w_down.dtype, transposed=transposed, bias=bias,
+    common: dict[str, Any] = dict(
+        device=w_down.device.type, arch=arch_of(w_down.device), num_experts=E, hidden_size=H, bias=flags.bias,
+        dtype=_stated_dtype(experts) if byte else w_down.dtype, transposed=flags.transposed,
     )  # fmt: skip
     if chosen.activation:
-        problem = Problem(
-            "fused_experts", num_tokens=tokens, top_k=_top_k(experts.config), hidden_size=H, intermediate_size=I,
-            activation=chosen.activation.name, interleaved=interleaved, training=training, **common,
-        )  # fmt: skip
         activation = _describe(chosen.activation)
-    else:
-        width = 2 * I if getattr(experts, "has_gate", True) else I
         problem = Problem(
-            "grouped_matmul", num_tokens=tokens * _top_k(experts.config), hidden_size=H, intermediate_size=width, **common
-        )
-        activation = type(experts)._apply_gate.__qualname__ if width > I else type(experts.act_fn).__name__
-    return Line(
-        name, kind, chosen.path, chosen.why, activation, ", ".join(layout) or "default", f"{E} x {H} x {I}",
-        explain(problem.op, problem),
-    )  # fmt: skip
+            "fused_experts", num_tokens=tokens, top_k=top_k, intermediate_size=I, activation=chosen.activation.name,
+            interleaved=flags.interleaved, training=training, **common,
+        )  # fmt: skip
+    else:
+        activation = type(experts)._apply_gate.__qualname__ if flags.gated else type(experts.act_fn).__name__
+        width = 2 * I if flags.gated else I
+        problem = Problem("grouped_matmul", num_tokens=tokens * top_k, intermediate_size=width, **common)
+    words = dict(interleaved=flags.interleaved, transposed=flags.transposed, bias=flags.bias, fp8=byte)
+    layout = ", ".join(word for word, true in words.items() if true) or "default"
+    shape = f"{E} x {H} x {I}"
+    return Line(name, kind, chosen.path, chosen.why, activation, layout, shape, explain(problem.op, problem))
 
 
-def _stated_dtype(experts: nn.Module) -> torch.dtype:
+def _stated_dtype(experts: Any) -> torch.dtype:
     dtype = getattr(experts.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
-def _top_k(config) -> int:
+def _top_k(config: Any) -> int:
     """Experts a token, under the names that configurations use."""
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"):
         if isinstance(value := getattr(config, name, None), int):
@@ -381,9 +397,11 @@ def _top_k(config) -> int:
 
 def _describe(activation: Activation) -> str:
     """The entry's name, with its constants where they are not the entry's own."""
-    own = ACTIVATIONS[activation.name]
-    constants = [f"{n}={getattr(activation, n):g}" for n in ("alpha", "limit") if getattr(activation, n) != getattr(own, n)]
-    return f"{activation.name}({', '.join(constants)})" if constants else activation.name
+    own, text = ACTIVATIONS[activation.name], []
+    for name in ("alpha", "limit"):
+        if (value := getattr(activation, name)) != getattr(own, name):
+            text.append(f"{name}={value:g}")
+    return f"{activation.name}({', '.join(text)})" if text else activation.name
 
 
 register()

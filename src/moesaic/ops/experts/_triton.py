@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
 from ..grouped_matmul import _triton as products
 from ..permute._triton import unpermute
@@ -21,7 +22,7 @@ def default_config(problem) -> tuple[products.Config, products.Config]:
     """The configurations of the up and the down product."""
     H, I, rows = problem.hidden_size, problem.intermediate_size, problem.rows_per_expert
     return (
-        products.gemm_config(problem.arch, problem.dtype, rows, I, H),
+        products.gemm_config(problem.arch, problem.dtype, rows, I, H, ACTIVATIONS[problem.activation].gated),
         products.gemm_config(problem.arch, problem.dtype, rows, H, I),
     )
 

@@ -17,6 +17,9 @@ from ...hardware import tl, triton
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+SMALL_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory a block
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile sizes of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile."""
@@ -35,24 +38,42 @@ def why_not(problem) -> str | None:
     return None
 
 
-def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K: int) -> Config:
-    """The tile for a mean number of rows an expert; measured on an H200 for sm_90, sized to shared memory elsewhere."""
+def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K: int, gated: bool = False) -> Config:
+    """The tile for a mean number of rows an expert.
+
+    The sm_90 column was measured on an H200 (2026-11-22, the shapes of qwen3-30b, olmoe, mixtral and deepseek-v3); the
+    others are sized to shared memory and registers by compiling.
+    """
+    rows = rows_per_expert
     if dtype == torch.float32:
-        return Config(16 if rows_per_expert <= 16 else 64, 64, 32, 4, 2)
+        return Config(16 if rows <= 16 else 64, 64, 32, 4, 2)
     if arch.startswith("gfx"):  # 64 KiB of LDS
-        if rows_per_expert <= 16:
+        if rows <= 16:
             return Config(16, 64, 128, 4, 2)
-        return Config(32 if rows_per_expert <= 32 else 64 if rows_per_expert <= 64 else 128, 128, 64, 8, 2)
-    small_memory = arch in ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory a block
-    if rows_per_expert <= 16:
-        return Config(16, 64, 128, 4, 3 if small_memory else 4)
-    if rows_per_expert <= 32:
-        return Config(32, 64 if small_memory else 128, 64, 4, 4)
-    if rows_per_expert <= 64:
-        return Config(64, 128, 64, 4, 3 if small_memory else 4)
+        return Config(32 if rows <= 32 else 64 if rows <= 64 else 128, 128, 64, 8, 2)
     if arch in ("sm_90", "sm_100", "sm_103"):
-        return Config(128, 256, 64, 8, 3)
-    return Config(128, 128, 32 if small_memory else 64, 8, 3)
+        if rows <= 16:
+            return Config(16, 128, 128, 4, 4)
+        if rows <= 40:
+            return Config(64, 128, 64, 4, 4)
+        if rows <= 64:
+            return Config(64, 256, 64, 8, 4)
+        return Config(128, 256, 64, 8, 3 if gated else 4)
+    stages = 3 if arch in SMALL_MEMORY else 4
+    if rows <= 16:
+        return Config(16, 64, 128, 4, stages)
+    if rows <= 64:
+        return Config(32 if rows <= 32 else 64, 64 if arch in SMALL_MEMORY else 128, 64, 4, stages)
+    return Config(128, 128, 32 if arch in SMALL_MEMORY else 64, 8, 3)
+
+
+def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """`block_n, block_k, block_r, num_warps, num_stages` of the weight gradient."""
+    if dtype == torch.float32:
+        return 64, 64, 32, 4, 2
+    if arch.startswith("gfx"):
+        return 128, 128, 32, 8, 2
+    return 128, 128, 32 if arch in SMALL_MEMORY else 64, 8, 3
 
 
 def configs() -> Iterator[Config]:
@@ -110,6 +131,7 @@ def _grouped_gemm_kernel(
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts columns of out, of which a gated tile makes BLOCK_N / 2."""
     # locate tile: slots of a group are neighbours in time, so that they share a weight tile through the L2
     OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    WIDTH: tl.constexpr = 2 * N if GATED else N
     num_n: tl.constexpr = (N + OUT_N - 1) // OUT_N
     pid = tl.program_id(0)
     group = pid // (GROUP_M * num_n)
@@ -131,16 +153,17 @@ def _grouped_gemm_kernel(
             )
             return
 
-    # pointers: rows and columns outside are read from the nearest inside and never stored, so loads need no mask for them
+    # pointers: rows outside are read from the nearest inside and never stored, so their loads need no mask
     src = tl.minimum(offs_m, end - 1)
     if GATHER > 0:
         src = tl.load(gather_ptr + src) // GATHER
     j = tl.arange(0, BLOCK_N)
-    if GATED:
-        column = tl.minimum(tile_n * OUT_N + j % OUT_N, N - 1)
-        offs_n = column * 2 + j // OUT_N if INTERLEAVED else column + (j // OUT_N) * N
+    if GATED and not INTERLEAVED:  # the left half of the tile holds gate columns, the right half their up columns
+        offs_n = tile_n * OUT_N + j % OUT_N + (j // OUT_N) * N
+        mask_n = tile_n * OUT_N + j % OUT_N < N
     else:
-        offs_n = tl.minimum(tile_n * OUT_N + j, N - 1)
+        offs_n = tile_n * BLOCK_N + j
+        mask_n = offs_n < WIDTH
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + src.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
     w_base = w_ptr + expert.to(tl.int64) * stride_we
@@ -151,26 +174,40 @@ def _grouped_gemm_kernel(
     for k in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
         else:
             x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-            w = tl.load(w_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+        if K % BLOCK_K == 0 and N % OUT_N == 0:
+            w = tl.load(w_ptrs)
+        elif K % BLOCK_K == 0:
+            w = tl.load(w_ptrs, mask=mask_n[None, :], other=0.0)
+        else:
+            w = tl.load(w_ptrs, mask=(offs_k[:, None] < K - k) & mask_n[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
 
     # epilogue
-    WIDTH: tl.constexpr = 2 * N if GATED else N
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert * WIDTH + offs_n).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + expert * WIDTH + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    hidden_ptrs = hidden_ptr
     if SAVE_HIDDEN:
-        inside = (tile_n * OUT_N + j % OUT_N) < N
-        hidden_ptrs = hidden_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
-        tl.store(hidden_ptrs, acc.to(hidden_ptr.dtype.element_ty), mask=mask_m[:, None] & inside[None, :])
+        hidden_ptrs += offs_m.to(tl.int64)[:, None] * WIDTH
     if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, OUT_N)), (0, 2, 1)))
+        if INTERLEAVED:
+            gate, up = tl.split(tl.reshape(acc, (BLOCK_M, OUT_N, 2)))
+        else:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, OUT_N)), (0, 2, 1)))
+        if SAVE_HIDDEN:
+            step: tl.constexpr = 2 if INTERLEAVED else 1
+            shift: tl.constexpr = 1 if INTERLEAVED else N
+            inside = mask_m[:, None] & mask_out[None, :]
+            tl.store(hidden_ptrs + offs_out[None, :] * step, gate.to(hidden_ptr.dtype.element_ty), mask=inside)
+            tl.store(hidden_ptrs + offs_out[None, :] * step + shift, up.to(hidden_ptr.dtype.element_ty), mask=inside)
         y = ACTIVATION(gate, up, ALPHA, LIMIT)
     else:
+        if SAVE_HIDDEN:
+            inside = mask_m[:, None] & mask_out[None, :]
+            tl.store(hidden_ptrs + offs_out[None, :], acc.to(hidden_ptr.dtype.element_ty), mask=inside)
         y = ACTIVATION(acc, ALPHA, LIMIT)
 
     # store
@@ -259,8 +296,8 @@ def gemm(
     out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    config = config or gemm_config(problem.arch, x.dtype, rows / E, N, K)
     gated = activation is not None and activation.gated
+    config = config or gemm_config(problem.arch, x.dtype, rows / E, N, K, gated)
     tile_n = config.block_n // 2 if gated else config.block_n
     by_row = rows <= rows // config.block_m + E
     num_slots = rows if by_row else rows // config.block_m + E + zero_tail
@@ -287,13 +324,12 @@ def wgrad(
     """Launch `_grouped_wgrad_kernel`: the gradient of `w` from `left` (N columns) and `right` (K columns)."""
     out = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     E, N, K = w.shape[0], left.shape[1], right.shape[1]
-    wide = left.dtype == torch.float32
-    block_n, block_k, block_r = (64, 64, 32) if wide else (128, 128, 64 if problem.arch != "gfx942" else 32)
+    block_n, block_k, block_r, num_warps, num_stages = wgrad_config(problem.arch, left.dtype)
     strides = (out.stride(0), out.stride(2), out.stride(1)) if transposed else out.stride()
     _grouped_wgrad_kernel[(triton.cdiv(K, block_k), triton.cdiv(N, block_n), E)](
         left, left_gather, right, right_gather, out, expert_offsets, left.stride(0), right.stride(0), *strides,
         N, K, top_k if left_gather is not None else 0, top_k if right_gather is not None else 0, _precision(problem),
-        block_n, block_k, block_r, num_warps=4 if wide else 8, num_stages=2 if wide else 3,
+        block_n, block_k, block_r, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

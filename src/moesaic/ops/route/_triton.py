@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...hardware import tl, triton
 
-SMALL = 512  # slots that one program indexes by itself
-BLOCK = 512  # slots a program otherwise
+BLOCK = 128  # slots a program indexes: it compares each with each
 
 
 def why_not(problem) -> str | None:
@@ -147,47 +146,53 @@ def _count_kernel(ids_ptr, counts_ptr, total, E: tl.constexpr, E_POW2: tl.conste
     block = tl.program_id(0)
     key = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), total, E)
     e = tl.arange(0, E_POW2)
-    counts = tl.histogram(key, E_POW2)
-    tl.store(counts_ptr + block * (E + 1) + e, counts, mask=e <= E)
+    tl.store(counts_ptr + block * (E + 1) + e, tl.histogram(key, E_POW2), mask=e <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
+def _scan_kernel(counts_ptr, tokens_ptr, num_blocks, E: tl.constexpr, CHUNK: tl.constexpr):
+    """One expert: its counts in earlier blocks, in place of its counts, and its total."""
+    expert = tl.program_id(0)
+    before = tl.zeros((), tl.int32)
+    for b in range(0, num_blocks, CHUNK):
+        blocks = b + tl.arange(0, CHUNK)
+        ptrs = counts_ptr + blocks * (E + 1) + expert
+        counts = tl.load(ptrs, mask=blocks < num_blocks, other=0)
+        tl.store(ptrs, before + tl.cumsum(counts, 0) - counts, mask=blocks < num_blocks)
+        before += tl.sum(counts, 0)
+    tl.store(tokens_ptr + expert, before)
+
+
+@triton.jit(do_not_specialize=["total"])
 def _index_kernel(
-    ids_ptr, counts_ptr, base_ptr, out_ids_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, total, num_blocks,
-    E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SINGLE: tl.constexpr,
+    ids_ptr, before_ptr, out_ids_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, total,
+    E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Stable rows of a block's slots: rows before this expert, plus its slots in earlier blocks, plus earlier slots here."""
     block = tl.program_id(0)
-    slots = block * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    slots = block * BLOCK + lane
+    live = slots < total
     key = _load_ids(ids_ptr, slots, total, E)
     e = tl.arange(0, E_POW2)
-    all_counts = tl.zeros((E_POW2,), tl.int32)
-    before = tl.zeros((E_POW2,), tl.int32)
     if SINGLE:
-        all_counts += tl.histogram(key, E_POW2)
+        counts = tl.where(e <= E, tl.histogram(key, E_POW2), 0)
     else:
-        for b in range(0, num_blocks):
-            counts = tl.load(counts_ptr + b * (E + 1) + e, mask=e <= E, other=0)
-            all_counts += counts
-            before += tl.where(b < block, counts, 0)
-    all_counts = tl.where(e <= E, all_counts, 0)
-    start = tl.cumsum(all_counts, 0) - all_counts
-    # a table in memory is the cheapest way to look up by expert; the barrier makes it visible to the whole program
-    tl.store(base_ptr + block * (E + 1) + e, start + before, mask=e <= E)
+        counts = tl.load(tokens_ptr + e, mask=e <= E, other=0)
+    start = tl.cumsum(counts, 0) - counts
+    if SINGLE:
+        tl.store(tokens_ptr + e, counts, mask=e <= E)
+    # every program writes the same offsets, and reads them back to look up by expert
+    tl.store(offsets_ptr + e, start, mask=e <= E)
     tl.debug_barrier()
-    row = tl.load(base_ptr + block * (E + 1) + key, mask=slots < total, other=0)
-    for c in range(0, BLOCK, CHUNK):
-        other_slots = block * BLOCK + c + tl.arange(0, CHUNK)
-        other = _load_ids(ids_ptr, other_slots, total, E)
-        earlier = (other[None, :] == key[:, None]) & (other_slots[None, :] < slots[:, None])
-        row += tl.sum(earlier.to(tl.int32), 1)
-    live = slots < total
+    # what stands before a slot: earlier experts' slots, earlier blocks' of its expert, earlier ones of this block
+    row = tl.load(offsets_ptr + key, mask=live, other=0)
+    if not SINGLE:
+        row += tl.load(before_ptr + block * (E + 1) + key, mask=live, other=0)
+    row += tl.sum(((key[None, :] == key[:, None]) & (lane[None, :] < lane[:, None])).to(tl.int32), 1)
     tl.store(order_ptr + row, slots, mask=live)
     tl.store(index_ptr + slots, tl.where(key < E, row, -1), mask=live)
     tl.store(out_ids_ptr + slots, tl.where(key < E, key, -1), mask=live)
-    if block == 0:
-        tl.store(tokens_ptr + e, all_counts, mask=e < E)
-        tl.store(offsets_ptr + e, start, mask=e <= E)
 
 
 def _pow2(n: int) -> int:
@@ -200,23 +205,35 @@ def expert_index(topk_ids: Tensor, num_experts: int):
     total, E = T * K, num_experts
     out_ids, (tokens, offsets, order, index) = (
         _empty(ids, (T, K)),
-        (_empty(ids, (n,)) for n in (E, E + 1, total, total)),
+        (_empty(ids, (n,)) for n in (E + 1, E + 1, total, total)),
     )
     if total == 0:
-        return out_ids, tokens.zero_(), offsets.zero_(), order, index
-    single = total <= SMALL
+        return out_ids, tokens[:E].zero_(), offsets.zero_(), order, index
+    single = total <= BLOCK
     block = max(16, _pow2(total)) if single else BLOCK
     num_blocks = triton.cdiv(total, block)
     width = _pow2(E + 2)
-    base = _empty(ids, (num_blocks, E + 1))
-    counts = base
+    before = None
     if not single:
-        counts = _empty(ids, (num_blocks, E + 1))
-        _count_kernel[(num_blocks,)](ids, counts, total, E, width, block)
+        before = _empty(ids, (num_blocks, E + 1))
+        _count_kernel[(num_blocks,)](ids, before, total, E, width, block, num_warps=4)
+        _scan_kernel[(E + 1,)](before, tokens, num_blocks, E, min(1024, max(16, _pow2(num_blocks))), num_warps=4)
     _index_kernel[(num_blocks,)](
-        ids, counts, base, out_ids, tokens, offsets, order, index, total, num_blocks,
-        E, width, block, min(block, 32), single,
-    )  # fmt: skip
+        ids,
+        before,
+        out_ids,
+        tokens,
+        offsets,
+        order,
+        index,
+        total,
+        E,
+        width,
+        block,
+        single,
+        num_warps=4 if single else 8,
+    )
+    tokens = tokens[:E]
     return out_ids, tokens, offsets, order, index
 
 

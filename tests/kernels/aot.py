@@ -1,0 +1,175 @@
+"""Compile the shipped kernels for GPUs that are not there, and report what the compiler made of them.
+
+Run as a script (in a process without TRITON_INTERPRET): `python aot.py sm_80 sm_90 gfx942` prints one JSON line a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moesaic.activations import ACTIVATIONS
+from moesaic.cases import CASES
+from moesaic.ops.experts import _triton as experts
+from moesaic.ops.grouped_matmul import _triton as products
+from moesaic.ops.permute import _triton as permute
+from moesaic.ops.route import _triton as route
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TENSOR_CORE = {"sm_80": r"\bHMMA\.", "sm_90": r"\bH(G?)MMA\.", "gfx942": r"v_mfma_"}
+
+
+def target(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def compile_kernel(kernel, arch: str, types: dict[str, str], constants: dict, num_warps: int, num_stages: int) -> dict:
+    """Compile one kernel; `types` are its run-time arguments (pointers 16-byte aligned), `constants` all others."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    constexprs = {(names.index(n),): v for n, v in constants.items()}
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
+    attrs |= {(names.index(n),): [["tt.divisibility", 16]] for n in types if n.startswith("stride_")}
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    done = triton.compile(source, target=target(arch), options={"num_warps": num_warps, "num_stages": num_stages})
+    return nvidia_report(done) if arch.startswith("sm_") else amd_report(done)
+
+
+def nvidia_report(done) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
+        )
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "shared": done.metadata.shared,
+        "spills": len(re.findall(r"\bSTL\b", sass)) + len(re.findall(r"\bLDL\b", sass)),
+        "tensor_core": {name: len(re.findall(rf"\b{name}\.", sass)) for name in ("HGMMA", "HMMA")},
+        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+    }
+
+
+def amd_report(done) -> dict:
+    text = done.asm["amdgcn"]
+    spilled = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)
+    scratch = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
+        "shared": done.metadata.shared,
+        "spills": sum(map(int, spilled)) + sum(map(int, scratch)),
+        "tensor_core": {"v_mfma": len(re.findall(r"v_mfma_", text))},
+        "async_copies": 0,
+    }
+
+
+def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgrad: bool = False, dtype=torch.bfloat16):
+    """The arguments of one product of a layer, as `products.gemm` would launch it."""
+    act = ACTIVATIONS[case.activation]
+    H, I = case.hidden_size, case.intermediate_size
+    N, K = (I, H) if up else (H, I)
+    config = products.gemm_config(arch, dtype, rows, N, K, up and act.gated and not dgrad)
+    flip = case.transposed != dgrad
+    types = {"x_ptr": POINTER[dtype], "w_ptr": POINTER[dtype], "out_ptr": POINTER[dtype], "offsets_ptr": "*i32",
+             "stride_xm": "i32", "stride_we": "i32", "R": "i32", "num_slots": "i32"}  # fmt: skip
+    constants = {
+        "gather_ptr": None, "bias_ptr": None, "hidden_ptr": None, "N": N, "K": K, "E": case.num_experts,
+        "E_POW2": products.pow2(case.num_experts), "GATHER": 0, "ACTIVATION": products.identity, "GATED": False,
+        "INTERLEAVED": case.layout == "interleaved", "ALPHA": act.alpha, "LIMIT": act.limit, "HAS_BIAS": case.bias,
+        "SAVE_HIDDEN": training and up, "ZERO_TAIL": False, "BY_ROW": rows <= 16, "PRECISION": "ieee",
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+    }  # fmt: skip
+    unit, other = ("stride_wn", "stride_wk") if flip else ("stride_wk", "stride_wn")
+    constants[unit], types[other] = 1, "i32"
+    if up and not dgrad:
+        constants |= {"ACTIVATION": act.device[0], "GATED": act.gated}
+    if up or dgrad:
+        constants["GATHER"] = case.top_k
+        types["gather_ptr"] = constants.pop("gather_ptr") or "*i32"
+    if case.bias:
+        types["bias_ptr"] = constants.pop("bias_ptr") or POINTER[dtype]
+    if constants["SAVE_HIDDEN"]:
+        types["hidden_ptr"] = constants.pop("hidden_ptr") or POINTER[dtype]
+    return products._grouped_gemm_kernel, types, constants, config.num_warps, config.num_stages
+
+
+def wgrad(arch: str, case, dtype=torch.bfloat16):
+    p, i32 = POINTER[dtype], "i32"
+    block_n, block_k, block_r, warps, stages = products.wgrad_config(arch, dtype)
+    types = {"left_ptr": p, "right_ptr": p, "right_gather_ptr": "*i32", "out_ptr": p, "offsets_ptr": "*i32",
+             "stride_left": i32, "stride_right": i32, "stride_oe": i32, "stride_on": i32}  # fmt: skip
+    constants = {"left_gather_ptr": None, "stride_ok": 1, "N": 2 * case.intermediate_size, "K": case.hidden_size,
+                 "LEFT_GATHER": 0, "RIGHT_GATHER": case.top_k, "PRECISION": "ieee",
+                 "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r}  # fmt: skip
+    return products._grouped_wgrad_kernel, types, constants, warps, stages
+
+
+def small_kernels(case, dtype=torch.bfloat16):
+    """Kernels without a product: combine, activation backward, router, index."""
+    p, f, i = POINTER[dtype], "*fp32", "*i32"
+    act, E, K, H, I = (
+        ACTIVATIONS[case.activation],
+        case.num_experts,
+        case.top_k,
+        case.hidden_size,
+        case.intermediate_size,
+    )
+    forward, backward = act.device
+    yield "combine", permute._combine_kernel, {"rows_ptr": p, "row_index_ptr": i, "weights_ptr": f, "out_ptr": p,
+        "stride_rows": "i32"}, {"H": H, "TOP_K": K, "WEIGHTED": True, "BLOCK": 1024}  # fmt: skip
+    yield "activation backward", experts._activation_backward_kernel, {"da_ptr": p, "hidden_ptr": p, "weights_ptr": f,
+        "grad_ptr": p, "row_order_ptr": i, "offsets_ptr": i, "dh_ptr": p, "scaled_ptr": p, "dweights_ptr": f,
+        "stride_grad": "i32"}, {"b_down_ptr": None, "H": H, "I": I, "E": E, "E_POW2": products.pow2(E), "TOP_K": K,
+        "FORWARD": forward, "BACKWARD": backward, "GATED": act.gated, "INTERLEAVED": False, "ALPHA": act.alpha,
+        "LIMIT": act.limit, "WEIGHTED": True, "HAS_BIAS": False, "BLOCK": 1024}  # fmt: skip
+    yield "route", route._route_kernel, {"logits_ptr": f, "bias_ptr": f, "weights_ptr": f, "ids_ptr": i, "stride_t": "i32"}, {
+        "E": E, "E_POW2": products.pow2(E), "K": K, "K_POW2": products.pow2(K), "SIGMOID": True, "POST": False,
+        "RENORM": True, "EPS": 1e-20, "SCALE": 2.5, "HAS_BIAS": True, "GROUPS": 8, "KEPT": 4, "TOP2": True,
+        "MASK_VALUE": float("-inf")}  # fmt: skip
+    yield "index", route._index_kernel, {n: i for n in ("ids_ptr", "before_ptr", "out_ids_ptr", "tokens_ptr", "offsets_ptr",
+        "order_ptr", "index_ptr")} | {"total": "i32"}, {"E": E, "E_POW2": products.pow2(E + 2), "BLOCK": route.BLOCK,
+        "SINGLE": False}  # fmt: skip
+
+
+def jobs(arch: str):
+    """`(name, needs tensor cores, compile arguments)` of everything that is compiled for an architecture."""
+    qwen, gpt, nemotron = (CASES[n] for n in ("qwen3-30b-a3b", "gpt-oss-120b", "nemotron-h"))
+    for rows in (1, 24, 48, 256):
+        yield f"up, {rows} rows an expert", True, gemm(arch, qwen, rows, up=True)
+        yield f"down, {rows} rows an expert", True, gemm(arch, qwen, rows, up=False)
+    yield "up, training", True, gemm(arch, qwen, 256, up=True, training=True)
+    yield "up, not gated", True, gemm(arch, nemotron, 256, up=True)
+    for rows in (1, 256):
+        yield f"up, transposed interleaved biased, {rows} rows", True, gemm(arch, gpt, rows, up=True)
+    yield "dgrad of down", True, gemm(arch, qwen, 256, up=True, dgrad=True)
+    yield "up, fp32", False, gemm(arch, qwen, 256, up=True, dtype=torch.float32)
+    yield "wgrad", True, wgrad(arch, qwen)
+    yield "wgrad, fp32", False, wgrad(arch, qwen, torch.float32)
+    for name, kernel, types, constants in small_kernels(CASES["deepseek-v3"]):
+        yield name, False, (kernel, types, constants, {"route": 1, "index": 8}.get(name, 4), 2)
+
+
+def main() -> None:
+    for arch in sys.argv[1:]:
+        for name, needs, arguments in jobs(arch):
+            kernel, *rest = arguments
+            print(
+                json.dumps({"arch": arch, "name": name, "needs": needs, **compile_kernel(kernel, arch, *rest)}),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
