@@ -19,6 +19,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # A layer may import from its own and from earlier ones.
 LAYERS = (
     ("errors", "hardware"),
+    ("launch",),
     ("activations", "formats"),
     ("routing", "problem"),
     ("op",),

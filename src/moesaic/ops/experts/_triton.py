@@ -37,7 +37,7 @@ def fused_experts(
 ):  # fmt: skip
     H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
     up, down = config or (None, None)
-    x = products.unit_rows(x)
+    x, b_gate_up, b_down = products.unit_rows(x), _packed(b_gate_up), _packed(b_down)
     hidden = torch.empty((R, act.width(I)) if problem.training else (0,), dtype=x.dtype, device=x.device)
     a = products.gemm(
         x, w_gate_up, problem.transposed, expert_offsets, problem, rows=R, N=I, K=H, gather=row_order, top_k=K,
@@ -47,6 +47,11 @@ def fused_experts(
         a, w_down, problem.transposed, expert_offsets, problem, rows=R, N=H, K=I, bias=b_down, config=down
     )
     return unpermute(y, weights, row_index, K) if R else x.new_zeros(x.shape), hidden
+
+
+def _packed(t: Tensor | None) -> Tensor | None:
+    """A small operand that the kernels index without strides."""
+    return None if t is None else t.contiguous()
 
 
 @triton.jit
@@ -129,7 +134,7 @@ def fused_experts_backward(
     if R == 0:
         inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
         return tuple(torch.zeros_like(t) if need else o for t, need, o in zip(inputs, needs, out, strict=True))
-    grad, x = products.unit_rows(grad), products.unit_rows(x)
+    grad, x, weights, b_down = products.unit_rows(grad), products.unit_rows(x), _packed(weights), _packed(b_down)
     if need_x or need_up or need_bup or need_weights or need_down:
         da = products.gemm(grad, w_down, not problem.transposed, expert_offsets, problem, rows=R, N=I, K=H,
                            gather=row_order, top_k=K)  # fmt: skip
@@ -160,7 +165,7 @@ def _activation_backward(da, hidden, weights, grad, b_down, row_order, expert_of
     """`(dh, s·a, dweights)`, one program a row."""
     R, I = da.shape
     dh, scaled = torch.empty_like(hidden), torch.empty_like(da)
-    dweights = torch.empty(weights.shape if weights is not None else (0,), dtype=torch.float32, device=da.device)
+    dweights = da.new_empty(0) if weights is None else torch.empty_like(weights)
     forward, backward = act.device
     E = expert_offsets.shape[0] - 1
     block = min(1024, max(16, products.pow2(I)))

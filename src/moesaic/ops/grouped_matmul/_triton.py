@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
+from ...launch import launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -272,7 +273,7 @@ def _bias_grad_kernel(
         ptrs = grad_ptr + source.to(tl.int64)[:, None] * stride_grad + offs_n[None, :]
         g = tl.load(ptrs, mask=live[:, None] & (offs_n < N)[None, :], other=0.0).to(tl.float32)
         if WEIGHTED:
-            g *= tl.load(weights_ptr + slots, mask=live, other=0.0)[:, None]
+            g *= tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
         acc += tl.sum(g, 0)
     tl.store(out_ptr + expert * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
@@ -280,6 +281,10 @@ def _bias_grad_kernel(
 # ---------------------------------------------------------------- launches
 def pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _precision(problem) -> str:
@@ -301,18 +306,20 @@ def gemm(
     tile_n = config.block_n // 2 if gated else config.block_n
     by_row = rows <= rows // config.block_m + E
     num_slots = rows if by_row else rows // config.block_m + E + zero_tail
-    stride_we, stride_wn, stride_wk = w.stride() if not transposed else (w.stride(0), w.stride(2), w.stride(1))
-    _grouped_gemm_kernel[(num_slots * triton.cdiv(N, tile_n),)](
-        x, gather, w, bias, out, hidden, expert_offsets,
-        x.stride(0), stride_we, stride_wn, stride_wk,
-        rows, num_slots,
-        N, K, E, pow2(E), top_k if gather is not None else 0,
-        identity if activation is None else activation.device[0], gated, problem.interleaved,
-        1.0 if activation is None else activation.alpha, 0.0 if activation is None else activation.limit,
-        bias is not None, hidden is not None, zero_tail, by_row,
-        _precision(problem),
-        config.block_m, config.block_n, config.block_k, config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    strides = (x.stride(0), *(w.stride() if not transposed else (w.stride(0), w.stride(2), w.stride(1))))
+    top_k = top_k if gather is not None else 0
+    constants = (bias is not None, hidden is not None, zero_tail, by_row, _precision(problem),
+                 config.block_m, config.block_n, config.block_k, config.group_m)  # fmt: skip
+    shape = (N, K, E, pow2(E), top_k)
+    if activation is None:
+        epilogue, name = (identity, False, False, 1.0, 0.0), ""
+    else:
+        constants_of_act = (problem.interleaved, activation.alpha, activation.limit)
+        epilogue, name = (activation.device[0], gated, *constants_of_act), (activation.name, *constants_of_act)
+    launch(
+        _grouped_gemm_kernel, (num_slots * ceil_div(N, tile_n), 1, 1), (x, gather, w, bias, out, hidden, expert_offsets),
+        (*strides, rows, num_slots), (*shape, *epilogue, *constants), (x.dtype, strides, shape, name, constants),
+        config.num_warps, config.num_stages,
     )  # fmt: skip
     return out
 
@@ -326,7 +333,7 @@ def wgrad(
     E, N, K = w.shape[0], left.shape[1], right.shape[1]
     block_n, block_k, block_r, num_warps, num_stages = wgrad_config(problem.arch, left.dtype)
     strides = (out.stride(0), out.stride(2), out.stride(1)) if transposed else out.stride()
-    _grouped_wgrad_kernel[(triton.cdiv(K, block_k), triton.cdiv(N, block_n), E)](
+    _grouped_wgrad_kernel[(ceil_div(K, block_k), ceil_div(N, block_n), E)](
         left, left_gather, right, right_gather, out, expert_offsets, left.stride(0), right.stride(0), *strides,
         N, K, top_k if left_gather is not None else 0, top_k if right_gather is not None else 0, _precision(problem),
         block_n, block_k, block_r, num_warps=num_warps, num_stages=num_stages,
@@ -345,7 +352,7 @@ def bias_grad(
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     E, N = bias.shape
     block_n = min(256, max(16, pow2(N)))
-    _bias_grad_kernel[(triton.cdiv(N, block_n), E)](
+    _bias_grad_kernel[(ceil_div(N, block_n), E)](
         grad, gather, weights, out, expert_offsets, grad.stride(0),
         N, top_k if gather is not None else 0, weights is not None, 32, block_n,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
+from ...launch import launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -95,11 +96,12 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: in
     T, H, rows = row_index.shape[0] // top_k, rows.shape[1], _unit_rows(rows)
     out = torch.empty(T, H, dtype=rows.dtype, device=rows.device)
     if out.numel():
-        block = min(_block(H), 1024)
-        _combine_kernel[(T, triton.cdiv(H, block))](
-            rows, row_index, None if weights is None else weights.contiguous(), out, rows.stride(0),
-            H, top_k, weights is not None, block,
-        )  # fmt: skip
+        weights = None if weights is None else weights.contiguous()
+        block, stride = min(_block(H), 1024), rows.stride(0)
+        constants = (H, top_k, weights is not None, block)
+        key = (rows.dtype, None if weights is None else weights.dtype, stride, constants)
+        grid = (T, -(-H // block), 1)
+        launch(_combine_kernel, grid, (rows, row_index, weights, out), (stride,), constants, key)
     return out
 
 

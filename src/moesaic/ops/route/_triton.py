@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
+from ...launch import launch
 
 BLOCK = 128  # slots a program indexes: it compares each with each
 
@@ -24,7 +25,7 @@ def why_not(problem) -> str | None:
 @triton.jit
 def _key(x):
     """A float's place in order as int32; NaN ranks with minus infinity, everything above the smallest int32."""
-    x = tl.where(x != x, float("-inf"), x)
+    x = tl.where(x != x, float("-inf"), tl.where(x == 0, 0.0, x))  # the two zeros are one
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -140,7 +141,7 @@ def _load_ids(ids_ptr, slots, total, E: tl.constexpr):
     return tl.where(slots < total, ids, E + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _count_kernel(ids_ptr, counts_ptr, total, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr):
     """How many of a block's slots chose each expert; the column E counts dropped slots."""
     block = tl.program_id(0)
@@ -211,28 +212,18 @@ def expert_index(topk_ids: Tensor, num_experts: int):
         return out_ids, tokens[:E].zero_(), offsets.zero_(), order, index
     single = total <= BLOCK
     block = max(16, _pow2(total)) if single else BLOCK
-    num_blocks = triton.cdiv(total, block)
+    num_blocks = -(-total // block)
     width = _pow2(E + 2)
     before = None
     if not single:
         before = _empty(ids, (num_blocks, E + 1))
-        _count_kernel[(num_blocks,)](ids, before, total, E, width, block, num_warps=4)
-        _scan_kernel[(E + 1,)](before, tokens, num_blocks, E, min(1024, max(16, _pow2(num_blocks))), num_warps=4)
-    _index_kernel[(num_blocks,)](
-        ids,
-        before,
-        out_ids,
-        tokens,
-        offsets,
-        order,
-        index,
-        total,
-        E,
-        width,
-        block,
-        single,
-        num_warps=4 if single else 8,
-    )
+        constants = (E, width, block)
+        launch(_count_kernel, (num_blocks, 1, 1), (ids, before), (total,), constants, (ids.dtype, constants))
+        constants = (E, min(1024, max(16, _pow2(num_blocks))))
+        launch(_scan_kernel, (E + 1, 1, 1), (before, tokens), (num_blocks,), constants, constants)
+    constants = (E, width, block, single)
+    pointers = (ids, before, out_ids, tokens, offsets, order, index)
+    launch(_index_kernel, (num_blocks, 1, 1), pointers, (total,), constants, (ids.dtype, constants), 4 if single else 8)
     tokens = tokens[:E]
     return out_ids, tokens, offsets, order, index
 
@@ -251,13 +242,15 @@ def route(logits: Tensor, bias: Tensor | None, config):
     weights = torch.empty(T, config.top_k, dtype=torch.float32, device=logits.device)
     ids = _empty(logits, (T, config.top_k))
     if T:
-        _route_kernel[(T,)](
-            logits, bias, weights, ids, logits.stride(0),
+        constants = (
             E, _pow2(E), config.top_k, _pow2(config.top_k),
             config.score == "sigmoid", config.order == "post", config.order == "pre_renorm", config.norm_eps, config.scale,
             bias is not None, config.num_groups, config.topk_groups, config.group_score == "top2_sum",
-            config.group_mask_value, num_warps=_warps(E),
+            config.group_mask_value,
         )  # fmt: skip
+        stride = logits.stride(0)
+        key = (logits.dtype, None if bias is None else bias.dtype, stride, constants)
+        launch(_route_kernel, (T, 1, 1), (logits, bias, weights, ids), (stride,), constants, key, _warps(E))
     return (weights, *expert_index(ids, E))
 
 
