@@ -1,5 +1,6 @@
 """moesaic: Mixture-of-Experts operators for PyTorch that train and serve, on GPU and CPU."""
 
+from . import nn as nn
 from . import testing as testing
 from .activations import ACTIVATIONS, Activation
 from .errors import MissingExtra, Unsupported
@@ -25,6 +26,7 @@ __all__ = [
     "fused_experts",
     "grouped_matmul",
     "load_balancing_loss",
+    "nn",
     "permute",
     "route",
     "testing",

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import hardware
 
 _compiled: dict[tuple, Any] = {}
+_INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda device: None)
 
 
 def launch(
@@ -35,21 +38,20 @@ def launch(
             the numbers that are specialised, and the constants (by name where they are functions).
     """
     args = (*pointers, *numbers, *constants)
-    if hardware.interpreting():
+    if _INTERPRETING:
         kernel[grid](*args)
         return
     address = 0
     for pointer in pointers:
         if pointer is not None:
             address |= pointer.data_ptr()
-    if address & 15 or any(n >= 2**31 for n in numbers):
+    if address & 15 or max(numbers) >= 2**31:
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)  # compiled for less than we assume
         return
-    first = pointers[0]
-    assert first is not None
-    full = (id(kernel), first.device.index, num_warps, num_stages, key)
+    device = pointers[0].get_device()  # type: ignore[union-attr]
+    full = (id(kernel), device, num_warps, num_stages, key)
     compiled = _compiled.get(full)
     if compiled is None:
         _compiled[full] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)
     else:
-        compiled[grid](*args)
+        compiled[grid](*args, stream=_raw_stream(device))

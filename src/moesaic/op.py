@@ -53,6 +53,18 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def eager(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """True when nobody is watching: no tracing, mode, transform or tensor subclass that must see the operator itself.
+
+    A call that needs no gradient may then go straight to its implementation, without the dispatcher's time.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return all(t is None or type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
     """Force one implementation (`"reference"`, `"torch"`, `"triton"`) for every operator called inside the block.

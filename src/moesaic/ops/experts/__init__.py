@@ -14,7 +14,7 @@ from torch import Tensor
 from ...activations import Activation, resolve
 from ...errors import check_choice, check_same, check_shape
 from ...hardware import arch_of
-from ...op import Op, autocast, define, differentiable, forced
+from ...op import Op, autocast, define, differentiable, eager, forced
 from ...problem import Problem
 from ...routing import Routing
 
@@ -76,15 +76,14 @@ def fused_experts(
     check_choice(who, "layout", layout, LAYOUTS)
     check_choice(who, "reduce", reduce, ("weighted_sum", "sum"))
     weights = _weights(who, weights, reduce, routing)
-    _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed)
     x, w_gate_up, w_down, b_gate_up, b_down = autocast(x, w_gate_up, w_down, b_gate_up, b_down)
-    parameters = {"w_gate_up": w_gate_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down}
-    check_same(who, "dtype", "x", x.dtype, **{n: t.dtype for n, t in parameters.items() if t is not None})
-    tensors = (x, weights, *parameters.values())
+    _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed)
+    tensors = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = torch.ops.moesaic.fused_experts(
-        x, w_gate_up, w_down, weights, b_gate_up, b_down, routing.row_order, routing.row_index, routing.expert_offsets,
-        act.name, act.alpha, act.limit, layout == "interleaved", transposed, allow_tf32, save, forced(implementation),
+    call = _call if not save and eager(tensors) else torch.ops.moesaic.fused_experts
+    y, _ = call(
+        *tensors, routing.row_order, routing.row_index, routing.expert_offsets, act.name, act.alpha, act.limit,
+        layout == "interleaved", transposed, allow_tf32, save, forced(implementation),
     )  # fmt: skip
     return y
 
@@ -108,26 +107,48 @@ def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) ->
 
 
 def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed) -> None:
+    """Say what is wrong with the shapes, dtypes or devices, if anything is. First a look that costs little."""
+    E, T = routing.num_experts, routing.num_tokens
+    if x.dim() == 2 and w_down.dim() == 3:
+        H, I = x.shape[1], w_down.shape[1 if transposed else 2]
+        N = act.width(I)
+        device, dtype = x.device, x.dtype
+        if (
+            x.shape[0] == T
+            and w_down.shape == ((E, I, H) if transposed else (E, H, I))
+            and w_gate_up.shape == ((E, H, N) if transposed else (E, N, H))
+            and (
+                b_gate_up is None
+                or (b_gate_up.shape == (E, N) and b_gate_up.dtype == dtype and b_gate_up.device == device)
+            )
+            and (b_down is None or (b_down.shape == (E, H) and b_down.dtype == dtype and b_down.device == device))
+            and w_gate_up.dtype == w_down.dtype == dtype
+            and w_gate_up.device == w_down.device == routing.row_order.device == device
+            and dtype.is_floating_point
+        ):
+            return
     if x.dim() != 2:
         raise ValueError(f"{who}: x must have shape (T, H), got {tuple(x.shape)}; flatten the leading dimensions.")
     if not x.is_floating_point():
         raise ValueError(f"{who}: x must be floating point, got {x.dtype}; convert it.")
     if w_down.dim() != 3:
         raise ValueError(f"{who}: w_down must have shape (E, H, I), got {tuple(w_down.shape)}; stack the experts.")
-    E, H = routing.num_experts, x.shape[1]
-    check_shape(who, "x", x, (routing.num_tokens, "H"), "the routing was built for another number of tokens")
-    I = w_down.shape[1] if transposed else w_down.shape[2]
+    H, I = x.shape[1], w_down.shape[1 if transposed else 2]
     N = act.width(I)
+    check_shape(who, "x", x, (T, "H"), "the routing was built for another number of tokens")
     other = "is it stored input-major? pass transposed=True" if not transposed else "is it really input-major?"
     check_shape(who, "w_down", w_down, (E, I, H) if transposed else (E, H, I), other)
-    check_shape(who, "w_gate_up", w_gate_up, (E, H, N) if transposed else (E, N, H),
-                f"{'2I' if act.gated else 'I'} columns for activation {act.name!r}; {other}")  # fmt: skip
+    wanted = f"{'2I' if act.gated else 'I'} columns for activation {act.name!r}; {other}"
+    check_shape(who, "w_gate_up", w_gate_up, (E, H, N) if transposed else (E, N, H), wanted)
+    parameters = {"w_gate_up": w_gate_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down}
+    parameters = {name: t for name, t in parameters.items() if t is not None}
     if b_gate_up is not None:
         check_shape(who, "b_gate_up", b_gate_up, (E, N))
     if b_down is not None:
         check_shape(who, "b_down", b_down, (E, H))
-    got = dict(w_gate_up=w_gate_up, w_down=w_down, routing=routing.row_order, b_gate_up=b_gate_up, b_down=b_down)
-    check_same(who, "device", "x", x.device, **{n: t.device for n, t in got.items() if t is not None})
+    devices = {name: t.device for name, t in parameters.items()}
+    check_same(who, "device", "x", x.device, **devices, routing=routing.row_order.device)
+    check_same(who, "dtype", "x", x.dtype, **{name: t.dtype for name, t in parameters.items()})
 
 
 # ---------------------------------------------------------------- private operators
@@ -141,7 +162,7 @@ _OPTIONS = "str activation, float alpha, float limit, bool interleaved, bool tra
 @functools.lru_cache(maxsize=4096)
 def _plan(device, dtype, T, R, E, H, I, bias, activation, alpha, limit, interleaved, transposed, allow_tf32, training,
           implementation):  # fmt: skip
-    """Implementation, problem and activation of a call, cached on plain values: making them costs more than a launch."""
+    """Implementation, problem and activation of a call, cached on plain values: making them outweighs a launch."""
     problem = Problem(
         "fused_experts", device.type, arch_of(device), dtype, T, R // T if T else 1, E, H, I, activation, interleaved,
         transposed, bias, training, allow_tf32,

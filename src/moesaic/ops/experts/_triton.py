@@ -38,7 +38,7 @@ def fused_experts(
     H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
     up, down = config or (None, None)
     x, b_gate_up, b_down = products.unit_rows(x), _packed(b_gate_up), _packed(b_down)
-    hidden = torch.empty((R, act.width(I)) if problem.training else (0,), dtype=x.dtype, device=x.device)
+    hidden = x.new_empty((R, act.width(I)) if problem.training else (0,))
     a = products.gemm(
         x, w_gate_up, problem.transposed, expert_offsets, problem, rows=R, N=I, K=H, gather=row_order, top_k=K,
         bias=b_gate_up, activation=act, hidden=hidden if problem.training else None, config=up,
@@ -154,7 +154,7 @@ def fused_experts_backward(
                 dh, w_gate_up, not problem.transposed, expert_offsets, problem, rows=R, N=H, K=act.width(I)
             )
             out[0] = unpermute(dxs, None, row_index, K)
-    if need_bdown:
+    if need_bdown and b_down is not None:
         out[5] = products.bias_grad(grad, expert_offsets, b_down, row_order, weights, K)
     if not need_weights:
         out[3] = grad.new_empty(0)

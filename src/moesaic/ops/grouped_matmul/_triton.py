@@ -298,7 +298,7 @@ def gemm(
 ) -> Tensor:  # fmt: skip
     """Launch `_grouped_gemm_kernel`. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N counts output columns."""
     E = expert_offsets.shape[0] - 1
-    out = torch.empty(rows, N, dtype=x.dtype, device=x.device)
+    out = x.new_empty((rows, N))
     if rows == 0:
         return out
     gated = activation is not None and activation.gated

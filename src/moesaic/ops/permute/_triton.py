@@ -94,7 +94,7 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
 
 def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
     T, H, rows = row_index.shape[0] // top_k, rows.shape[1], _unit_rows(rows)
-    out = torch.empty(T, H, dtype=rows.dtype, device=rows.device)
+    out = rows.new_empty((T, H))
     if out.numel():
         weights = None if weights is None else weights.contiguous()
         block, stride = min(_block(H), 1024), rows.stride(0)

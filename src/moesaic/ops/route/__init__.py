@@ -5,6 +5,7 @@ Legend: T tokens, E experts, K choices, G groups of experts.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -147,16 +148,19 @@ _CONFIG = (
 )
 
 
-def _problem(logits: Tensor, config: RouterConfig | None, top_k: int, num_experts: int, tokens: int) -> Problem:
-    return Problem(
-        "route", logits.device.type, arch_of(logits.device), logits.dtype, tokens, top_k, num_experts, option=config
-    )
+@functools.lru_cache(maxsize=4096)
+def _select(device, dtype, tokens: int, top_k: int, num_experts: int, config: RouterConfig | None, implementation: str):
+    """The implementation of a call, cached on plain values."""
+    problem = Problem("route", device.type, arch_of(device), dtype, tokens, top_k, num_experts, option=config)
+    return OP.select(problem, implementation)
 
 
 def _route(logits, bias, *rest):
     config, implementation = RouterConfig(*rest[:-1]), rest[-1]
-    problem = _problem(logits, config, config.top_k, logits.shape[1], logits.shape[0])
-    return OP.select(problem, implementation).route(logits, bias, config)
+    module = _select(
+        logits.device, logits.dtype, logits.shape[0], config.top_k, logits.shape[1], config, implementation
+    )
+    return module.route(logits, bias, config)
 
 
 def _route_fake(logits, bias, top_k, *rest):
@@ -169,8 +173,9 @@ def _weight_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _index(topk_ids, num_experts, implementation):
-    problem = _problem(topk_ids, None, topk_ids.shape[1], num_experts, topk_ids.shape[0])
-    return OP.select(problem, forced(implementation)).expert_index(topk_ids, num_experts)
+    T, K = topk_ids.shape
+    module = _select(topk_ids.device, topk_ids.dtype, T, K, num_experts, None, forced(implementation))
+    return module.expert_index(topk_ids, num_experts)
 
 
 def _index_fake(topk_ids, num_experts, implementation):
@@ -183,8 +188,10 @@ def _index_fake(topk_ids, num_experts, implementation):
 
 def _backward_op(grad, logits, ids, *rest):
     config, implementation = RouterConfig(*rest[:-1]), rest[-1]
-    problem = _problem(logits, config, config.top_k, logits.shape[1], logits.shape[0])
-    return OP.select(problem, implementation).route_backward(grad, logits, ids, config)
+    module = _select(
+        logits.device, logits.dtype, logits.shape[0], config.top_k, logits.shape[1], config, implementation
+    )
+    return module.route_backward(grad, logits, ids, config)
 
 
 define(

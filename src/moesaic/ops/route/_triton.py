@@ -229,7 +229,7 @@ def expert_index(topk_ids: Tensor, num_experts: int):
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.int32, device=like.device)
+    return like.new_empty(shape) if like.dtype == torch.int32 else like.new_empty(shape, dtype=torch.int32)
 
 
 def _warps(num_experts: int) -> int:
