@@ -1,11 +1,12 @@
-"""Launching a Triton kernel again without asking again what it was compiled for.
+"""Launch: a Triton kernel with everything fixed but its pointers and a few numbers.
 
-`kernel[grid](...)` inspects every argument at every call, which costs more host time than a decode step can hide. The
-caller here says by a key what the inspection would find; the second call with the same key goes to the compiled kernel.
+`kernel[grid](...)` inspects every argument at every call, which costs more host time than a decode step can hide. A
+`Launch` is made once for a problem (its makers are cached) and from its second call on goes to the compiled kernel.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,45 +14,60 @@ from torch import Tensor
 
 from . import hardware
 
-_compiled: dict[tuple, Any] = {}
 _INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda device: None)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    pointers: tuple[Tensor | None, ...],
-    numbers: tuple[int, ...],
-    constants: tuple,
-    key: tuple,
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> None:
-    """Run `kernel[grid](*pointers, *numbers, *constants)`.
+@functools.cache
+def _runs_directly() -> bool:
+    """Triton 3.5 and 3.6 take a compiled kernel's run-time arguments straight; others through `compiled[grid]`."""
+    return hardware.triton.__version__.split(".")[:2] in (["3", "5"], ["3", "6"])
+
+
+class Launch:
+    """`kernel[grid](*pointers, *numbers, *constants)`.
 
     Args:
-        pointers: tensors, all on one device, or None for a pointer that the constants make unused.
-        numbers: run-time integers; those that `key` does not hold must be in the kernel's `do_not_specialize`.
-        constants: the compile-time arguments.
-        key: hashable, and equal only for calls that Triton would compile alike: the dtypes, which pointers are None,
-            the numbers that are specialised, and the constants (by name where they are functions).
+        constants: the compile-time arguments, which come last in the kernel's signature.
+
+    A launch is called with pointers (tensors of one device, or None) and numbers. From call to call the pointers' dtypes
+    and which of them are None must not change, nor any number that the kernel specialises on; numbers that change must
+    be in its `do_not_specialize` and below 2^31.
     """
-    args = (*pointers, *numbers, *constants)
-    if _INTERPRETING:
-        kernel[grid](*args)
-        return
-    address = 0
-    for pointer in pointers:
-        if pointer is not None:
-            address |= pointer.data_ptr()
-    if address & 15 or max(numbers) >= 2**31:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)  # compiled for less than we assume
-        return
-    device = pointers[0].get_device()  # type: ignore[union-attr]
-    full = (id(kernel), device, num_warps, num_stages, key)
-    compiled = _compiled.get(full)
-    if compiled is None:
-        _compiled[full] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)
-    else:
-        compiled[grid](*args, stream=_raw_stream(device))
+
+    __slots__ = ("_compiled", "constants", "grid", "kernel", "options")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], constants: tuple, num_warps: int = 4, num_stages: int = 3
+    ):
+        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._compiled: dict[int, Any] = {}
+
+    def __call__(self, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...] = ()) -> None:
+        address = 0
+        for pointer in pointers:
+            if pointer is not None:
+                address |= pointer.data_ptr()
+        if _INTERPRETING:
+            self.kernel[self.grid](*pointers, *numbers, *self.constants)
+            return
+        device = pointers[0].get_device()  # type: ignore[union-attr]
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(device, address, (*pointers, *numbers, *self.constants))
+        else:
+            self._launch(device, address, (*pointers, *numbers, *self.constants))
+
+    def _launch(self, device: int, address: int, arguments: tuple) -> None:
+        if address & 15:  # a compiled kernel assumes addresses on 16 bytes
+            self.kernel[self.grid](*arguments, **self.options)
+            return
+        compiled = self._compiled.get(device)
+        if compiled is None:
+            self._compiled[device] = self.kernel[self.grid](*arguments, **self.options)
+        elif _runs_directly():
+            x, y, z = self.grid
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        else:
+            compiled[self.grid](*arguments)

@@ -64,7 +64,7 @@ def nvidia_report(done) -> dict:
 
 def amd_report(done) -> dict:
     text = done.asm["amdgcn"]
-    spilled = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)
+    spilled = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)
     scratch = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),

@@ -28,6 +28,7 @@ class Router(nn.Module):
     creation, if `config.selection_bias`.
     """
 
+    bias: Tensor | None
     e_score_correction_bias: Tensor | None
 
     def __init__(self, config: MoEConfig, device: Any = None, dtype: torch.dtype | None = None):
@@ -76,6 +77,9 @@ class Experts(nn.Module):
     with `config.transposed` `(E, H, N)` and `(E, I, H)`. With `config.expert_bias` the same names with `_bias` added,
     `(E, N)` and `(E, H)`. `load_state_dict` also reads one tensor an expert (see `moesaic.nn.state_dict`).
     """
+
+    down_proj: Tensor
+    down_proj_bias: Tensor | None
 
     def __init__(self, config: MoEConfig, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -133,8 +137,10 @@ class SharedExperts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights (see `MoEConfig.init_std`)."""
-        for linear in self.children():
-            _normal(linear.weight, linear.in_features, self.config)
+        if resolve(self.config.activation).gated:
+            _normal(self.gate_proj.weight, self.config.hidden_size, self.config)
+        _normal(self.up_proj.weight, self.config.hidden_size, self.config)
+        _normal(self.down_proj.weight, self.config.shared_width, self.config)
 
     def forward(self, x: Tensor) -> Tensor:
         act, up = resolve(self.config.activation), self.up_proj(x)

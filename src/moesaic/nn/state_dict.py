@@ -37,13 +37,13 @@ _PER_EXPERT = re.compile(rf"(\d+)\.({'|'.join(_ROLE)})\.(weight|bias)")
 _RENAMED = {"router.": "gate.", "shared_expert.": "shared_experts."}
 
 
-def load_experts(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def load_experts(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """`load_state_dict` pre-hook of `Experts`: put merged tensors in the place of per-expert ones; check."""
     merge_experts(state_dict, prefix, module.config)
     _check_shapes(module, state_dict, prefix)
 
 
-def load_layer(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def load_layer(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """`load_state_dict` pre-hook of `MoE`: rename, merge and check the whole layer before any of it is written."""
     for theirs, ours in _RENAMED.items():
         for key in [k for k in state_dict if k.startswith(prefix + theirs)]:
@@ -55,6 +55,7 @@ def load_layer(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
     _check_shapes(module, state_dict, prefix)
 
 
+@torch.no_grad()
 def merge_experts(state_dict: dict[str, Tensor], prefix: str, config: MoEConfig) -> None:
     """Replace the per-expert tensors under `prefix` by merged ones stored as `config` says; no-op if there are none.
 
@@ -86,6 +87,7 @@ def merge_experts(state_dict: dict[str, Tensor], prefix: str, config: MoEConfig)
     state_dict.update({prefix + name: tensor for name, tensor in merged.items()})
 
 
+@torch.no_grad()
 def split_experts(
     state_dict: Mapping[str, Tensor], config: MoEConfig, prefix: str = "experts.", names: str = "llama"
 ) -> dict[str, Tensor]:
@@ -110,10 +112,9 @@ def split_experts(
             raise ValueError(
                 f"split_experts: {prefix}{name} must have shape {shape}, got {got}; check prefix and config."
             )
-    out = {
-        key: t for key, t in state_dict.items() if key.removeprefix(prefix) not in wanted or not key.startswith(prefix)
-    }
-    for (index, role, kind), view in _views({n: state_dict[prefix + n] for n in wanted}, config):
+    merged = {name: state_dict[prefix + name] for name in wanted}
+    out = {key: t for key, t in state_dict.items() if key not in {prefix + name for name in wanted}}
+    for (index, role, kind), view in _views(merged, config):
         out[f"{prefix}{index}.{called[role]}.{kind}"] = view.clone(memory_format=torch.contiguous_format)
     return out
 

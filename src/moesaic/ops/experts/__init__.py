@@ -80,7 +80,7 @@ def fused_experts(
     _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed)
     tensors = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    call = _call if not save and eager(tensors) else torch.ops.moesaic.fused_experts
+    call = _forward if not save and eager(tensors) else torch.ops.moesaic.fused_experts
     y, _ = call(
         *tensors, routing.row_order, routing.row_index, routing.expert_offsets, act.name, act.alpha, act.limit,
         layout == "interleaved", transposed, allow_tf32, save, forced(implementation),
@@ -170,7 +170,7 @@ def _plan(device, dtype, T, R, E, H, I, bias, activation, alpha, limit, interlea
     return OP.select(problem, implementation), problem, resolve(activation).with_constants(alpha, limit)
 
 
-def _call(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):
+def _forward(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):
     T, H = x.shape
     module, problem, act = _plan(
         x.device, x.dtype, T, row_order.shape[0], expert_offsets.shape[0] - 1, H, w_down.shape[1 if rest[4] else 2],
@@ -179,6 +179,11 @@ def _call(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index
     return module.fused_experts(
         x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem
     )
+
+
+def _call(x, *rest):
+    y, hidden = _forward(x, *rest)
+    return y, x.new_empty(0) if hidden is None else hidden
 
 
 def _fake(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):

@@ -78,17 +78,17 @@ def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, r
     chunks = list(_chunks(expert_offsets, width))
     live = chunks[-1][0].stop if chunks else 0
     whole = len(chunks) == 1 and live == R  # one chunk's results are the results
-    hidden = x.new_empty((0,) if whole or not problem.training else (R, width))
+    hidden = None if whole or not problem.training else x.new_empty(R, width)
     y, out = x.new_empty((0,) if whole else (R, x.shape[1])), x.new_empty(x.shape)
     tokens, product = row_order // problem.top_k, Products(x)
     for rows, experts, sizes in chunks:
-        kept = hidden[rows] if problem.training and not whole else None
+        kept = None if hidden is None else hidden[rows]
         h = product(x.index_select(0, tokens[rows]), ups, experts, sizes, b_gate_up, kept)
         a = _activate(act, h, problem.interleaved)
         ys = product(a, downs, experts, sizes, b_down, None if whole else y[rows])
         if whole:
-            hidden, y = h if problem.training else hidden, ys
-    if problem.training and not whole:
+            hidden, y = h if problem.training else None, ys
+    if hidden is not None:
         hidden[live:] = 0
     _combine(y, weights, row_index, out, live < R)
     return out, hidden

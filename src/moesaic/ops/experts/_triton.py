@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
+from ...launch import Launch
 from ..grouped_matmul import _triton as products
 from ..permute._triton import unpermute
 
@@ -38,10 +39,10 @@ def fused_experts(
     H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
     up, down = config or (None, None)
     x, b_gate_up, b_down = products.unit_rows(x), _packed(b_gate_up), _packed(b_down)
-    hidden = x.new_empty((R, act.width(I)) if problem.training else (0,))
+    hidden = x.new_empty((R, act.width(I))) if problem.training else None
     a = products.gemm(
         x, w_gate_up, problem.transposed, expert_offsets, problem, rows=R, N=I, K=H, gather=row_order, top_k=K,
-        bias=b_gate_up, activation=act, hidden=hidden if problem.training else None, config=up,
+        bias=b_gate_up, activation=act, hidden=hidden, config=up,
     )  # fmt: skip
     y = products.gemm(
         a, w_down, problem.transposed, expert_offsets, problem, rows=R, N=H, K=I, bias=b_down, config=down
@@ -169,9 +170,10 @@ def _activation_backward(da, hidden, weights, grad, b_down, row_order, expert_of
     forward, backward = act.device
     E = expert_offsets.shape[0] - 1
     block = min(1024, max(16, products.pow2(I)))
-    _activation_backward_kernel[(R,)](
-        da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights, grad.stride(0),
+    constants = (
         problem.hidden_size, I, E, products.pow2(E), problem.top_k, forward, backward, act.gated, problem.interleaved,
         act.alpha, act.limit, weights is not None, b_down is not None, block,
     )  # fmt: skip
+    pointers = (da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights)
+    Launch(_activation_backward_kernel, (R, 1, 1), constants)(pointers, (grad.stride(0),))
     return dh, scaled, dweights

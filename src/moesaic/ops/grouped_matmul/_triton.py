@@ -6,14 +6,16 @@ tiles lie is known on the device only, so grids are upper bounds and surplus slo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
-from ...launch import launch
+from ...launch import Launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,9 +59,7 @@ def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K
             return Config(16, 128, 128, 4, 4)
         if rows <= 40:
             return Config(64, 128, 64, 4, 4)
-        if rows <= 64:
-            return Config(64, 256, 64, 8, 4)
-        return Config(128, 256, 64, 8, 3 if gated else 4)
+        return Config(128, 256, 64, 8, 3 if gated and rows > 150 else 4)
     stages = 3 if arch in SMALL_MEMORY else 4
     if rows <= 16:
         return Config(16, 64, 128, 4, stages)
@@ -287,8 +287,31 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _precision(problem) -> str:
-    return "tf32" if problem.allow_tf32 and problem.dtype == torch.float32 else "ieee"
+def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
+    return "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
+
+
+@functools.lru_cache(maxsize=4096)
+def _gemm_launch(
+    arch: str, dtype: torch.dtype, rows: int, E: int, N: int, K: int, top_k: int, activation: tuple | None,
+    interleaved: bool, allow_tf32: bool, has_bias: bool, save_hidden: bool, zero_tail: bool, strides: tuple[int, ...],
+    config: Config | None,
+) -> tuple[Launch, int]:  # fmt: skip
+    """The launch of a product and its number of slots; `activation` is its name and constants."""
+    act = None if activation is None else ACTIVATIONS[activation[0]]
+    gated = act is not None and act.gated
+    c = config or gemm_config(arch, dtype, rows / E, N, K, gated)
+    by_row = rows <= rows // c.block_m + E
+    num_slots = rows if by_row else rows // c.block_m + E + zero_tail
+    epilogue = (identity, False, False, 1.0, 0.0)
+    if act is not None and activation is not None:
+        epilogue = (act.device[0], gated, interleaved, *activation[1:])
+    constants = (
+        N, K, E, pow2(E), top_k, *epilogue, has_bias, save_hidden, zero_tail, by_row,
+        _precision(dtype, allow_tf32), c.block_m, c.block_n, c.block_k, c.group_m,
+    )  # fmt: skip
+    grid = (num_slots * ceil_div(N, c.block_n // 2 if gated else c.block_n), 1, 1)
+    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages), num_slots
 
 
 def gemm(
@@ -297,30 +320,17 @@ def gemm(
     zero_tail: bool = False, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_grouped_gemm_kernel`. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N counts output columns."""
-    E = expert_offsets.shape[0] - 1
     out = x.new_empty((rows, N))
     if rows == 0:
         return out
-    gated = activation is not None and activation.gated
-    config = config or gemm_config(problem.arch, x.dtype, rows / E, N, K, gated)
-    tile_n = config.block_n // 2 if gated else config.block_n
-    by_row = rows <= rows // config.block_m + E
-    num_slots = rows if by_row else rows // config.block_m + E + zero_tail
-    strides = (x.stride(0), *(w.stride() if not transposed else (w.stride(0), w.stride(2), w.stride(1))))
-    top_k = top_k if gather is not None else 0
-    constants = (bias is not None, hidden is not None, zero_tail, by_row, _precision(problem),
-                 config.block_m, config.block_n, config.block_k, config.group_m)  # fmt: skip
-    shape = (N, K, E, pow2(E), top_k)
-    if activation is None:
-        epilogue, name = (identity, False, False, 1.0, 0.0), ""
-    else:
-        constants_of_act = (problem.interleaved, activation.alpha, activation.limit)
-        epilogue, name = (activation.device[0], gated, *constants_of_act), (activation.name, *constants_of_act)
-    launch(
-        _grouped_gemm_kernel, (num_slots * ceil_div(N, tile_n), 1, 1), (x, gather, w, bias, out, hidden, expert_offsets),
-        (*strides, rows, num_slots), (*shape, *epilogue, *constants), (x.dtype, strides, shape, name, constants),
-        config.num_warps, config.num_stages,
+    we, wn, wk = w.stride()
+    strides = (x.stride(0), we, wk, wn) if transposed else (x.stride(0), we, wn, wk)
+    launch, num_slots = _gemm_launch(
+        problem.arch, x.dtype, rows, expert_offsets.shape[0] - 1, N, K, top_k if gather is not None else 0,
+        None if activation is None else (activation.name, activation.alpha, activation.limit), problem.interleaved,
+        problem.allow_tf32, bias is not None, hidden is not None, zero_tail, strides, config,
     )  # fmt: skip
+    launch((x, gather, w, bias, out, hidden, expert_offsets), (*strides, rows, num_slots))
     return out
 
 
@@ -333,11 +343,13 @@ def wgrad(
     E, N, K = w.shape[0], left.shape[1], right.shape[1]
     block_n, block_k, block_r, num_warps, num_stages = wgrad_config(problem.arch, left.dtype)
     strides = (out.stride(0), out.stride(2), out.stride(1)) if transposed else out.stride()
-    _grouped_wgrad_kernel[(ceil_div(K, block_k), ceil_div(N, block_n), E)](
-        left, left_gather, right, right_gather, out, expert_offsets, left.stride(0), right.stride(0), *strides,
-        N, K, top_k if left_gather is not None else 0, top_k if right_gather is not None else 0, _precision(problem),
-        block_n, block_k, block_r, num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    gathers = (top_k if left_gather is not None else 0, top_k if right_gather is not None else 0)
+    constants = (N, K, *gathers, _precision(left.dtype, problem.allow_tf32), block_n, block_k, block_r)
+    launch = Launch(
+        _grouped_wgrad_kernel, (ceil_div(K, block_k), ceil_div(N, block_n), E), constants, num_warps, num_stages
+    )
+    pointers = (left, left_gather, right, right_gather, out, expert_offsets)
+    launch(pointers, (left.stride(0), right.stride(0), *strides))
     return out
 
 
@@ -352,10 +364,9 @@ def bias_grad(
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     E, N = bias.shape
     block_n = min(256, max(16, pow2(N)))
-    _bias_grad_kernel[(ceil_div(N, block_n), E)](
-        grad, gather, weights, out, expert_offsets, grad.stride(0),
-        N, top_k if gather is not None else 0, weights is not None, 32, block_n,
-    )  # fmt: skip
+    constants = (N, top_k if gather is not None else 0, weights is not None, 32, block_n)
+    launch = Launch(_bias_grad_kernel, (ceil_div(N, block_n), E, 1), constants)
+    launch((grad, gather, weights, out, expert_offsets), (grad.stride(0),))
     return out
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
-from ...launch import launch
+from ...launch import Launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -86,10 +88,16 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
     out = torch.empty(R, H, dtype=x.dtype, device=x.device)
     if out.numel():
         block = _block(H)
-        _permute_kernel[(R, triton.cdiv(H, block))](
-            x, row_order, expert_offsets[-1:], out, x.stride(0), H, top_k, block
-        )
+        launch = Launch(_permute_kernel, (R, triton.cdiv(H, block), 1), (H, top_k, block))
+        launch((x, row_order, expert_offsets[-1:], out), (x.stride(0),))
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _combine_launch(dtype: torch.dtype, weights: torch.dtype | None, T: int, H: int, top_k: int, stride: int) -> Launch:
+    """Kept apart by what the compiled kernel depends on; the constants follow from H, K and whether there are weights."""
+    block = min(_block(H), 1024)
+    return Launch(_combine_kernel, (T, -(-H // block), 1), (H, top_k, weights is not None, block))
 
 
 def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
@@ -97,11 +105,9 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: in
     out = rows.new_empty((T, H))
     if out.numel():
         weights = None if weights is None else weights.contiguous()
-        block, stride = min(_block(H), 1024), rows.stride(0)
-        constants = (H, top_k, weights is not None, block)
-        key = (rows.dtype, None if weights is None else weights.dtype, stride, constants)
-        grid = (T, -(-H // block), 1)
-        launch(_combine_kernel, grid, (rows, row_index, weights, out), (stride,), constants, key)
+        stride = rows.stride(0)
+        launch = _combine_launch(rows.dtype, None if weights is None else weights.dtype, T, H, top_k, stride)
+        launch((rows, row_index, weights, out), (stride,))
     return out
 
 
@@ -111,8 +117,7 @@ def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
     R, H = rows.shape
     if R:
-        _combine_backward_kernel[(R,)](
-            grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights, grad.stride(0),
-            rows.stride(0), H, top_k, _block(H),
-        )  # fmt: skip
+        launch = Launch(_combine_backward_kernel, (R, 1, 1), (H, top_k, _block(H)))
+        pointers = (grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights)
+        launch(pointers, (grad.stride(0), rows.stride(0)))
     return drows, dweights

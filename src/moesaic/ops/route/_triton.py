@@ -5,11 +5,13 @@ Legend: a *key* is a float as an int32 of the same order, so that "taken" can ra
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
-from ...launch import launch
+from ...launch import Launch
 
 BLOCK = 128  # slots a program indexes: it compares each with each
 
@@ -200,6 +202,21 @@ def _pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.lru_cache(maxsize=4096)
+def _index_launches(dtype: torch.dtype, total: int, E: int) -> tuple[Launch | None, Launch | None, Launch, int]:
+    """Count, scan and index, and the number of blocks; one block needs the last alone."""
+    width, single = _pow2(E + 2), total <= BLOCK
+    block = max(16, _pow2(total)) if single else BLOCK
+    num_blocks = -(-total // block)
+    grid = (num_blocks, 1, 1)
+    index = Launch(_index_kernel, grid, (E, width, block, single), 4 if single else 8)
+    if single:
+        return None, None, index, 1
+    count = Launch(_count_kernel, grid, (E, width, block))
+    scan = Launch(_scan_kernel, (E + 1, 1, 1), (E, min(1024, max(16, _pow2(num_blocks)))))
+    return count, scan, index, num_blocks
+
+
 def expert_index(topk_ids: Tensor, num_experts: int):
     ids = topk_ids.contiguous()
     T, K = ids.shape
@@ -210,20 +227,13 @@ def expert_index(topk_ids: Tensor, num_experts: int):
     )
     if total == 0:
         return out_ids, tokens[:E].zero_(), offsets.zero_(), order, index
-    single = total <= BLOCK
-    block = max(16, _pow2(total)) if single else BLOCK
-    num_blocks = -(-total // block)
-    width = _pow2(E + 2)
+    count, scan, index_slots, num_blocks = _index_launches(ids.dtype, total, E)
     before = None
-    if not single:
+    if count is not None and scan is not None:
         before = _empty(ids, (num_blocks, E + 1))
-        constants = (E, width, block)
-        launch(_count_kernel, (num_blocks, 1, 1), (ids, before), (total,), constants, (ids.dtype, constants))
-        constants = (E, min(1024, max(16, _pow2(num_blocks))))
-        launch(_scan_kernel, (E + 1, 1, 1), (before, tokens), (num_blocks,), constants, constants)
-    constants = (E, width, block, single)
-    pointers = (ids, before, out_ids, tokens, offsets, order, index)
-    launch(_index_kernel, (num_blocks, 1, 1), pointers, (total,), constants, (ids.dtype, constants), 4 if single else 8)
+        count((ids, before), (total,))
+        scan((before, tokens), (num_blocks,))
+    index_slots((ids, before, out_ids, tokens, offsets, order, index), (total,))
     tokens = tokens[:E]
     return out_ids, tokens, offsets, order, index
 
@@ -236,21 +246,25 @@ def _warps(num_experts: int) -> int:
     return 1 if num_experts <= 512 else 4
 
 
+@functools.lru_cache(maxsize=4096)
+def _route_launch(dtype: torch.dtype, bias: torch.dtype | None, T: int, E: int, stride: int, config) -> Launch:
+    constants = (
+        E, _pow2(E), config.top_k, _pow2(config.top_k), config.score == "sigmoid", config.order == "post",
+        config.order == "pre_renorm", config.norm_eps, config.scale, bias is not None, config.num_groups,
+        config.topk_groups, config.group_score == "top2_sum", config.group_mask_value,
+    )  # fmt: skip
+    return Launch(_route_kernel, (T, 1, 1), constants, _warps(E))
+
+
 def route(logits: Tensor, bias: Tensor | None, config):
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     T, E = logits.shape
     weights = torch.empty(T, config.top_k, dtype=torch.float32, device=logits.device)
     ids = _empty(logits, (T, config.top_k))
     if T:
-        constants = (
-            E, _pow2(E), config.top_k, _pow2(config.top_k),
-            config.score == "sigmoid", config.order == "post", config.order == "pre_renorm", config.norm_eps, config.scale,
-            bias is not None, config.num_groups, config.topk_groups, config.group_score == "top2_sum",
-            config.group_mask_value,
-        )  # fmt: skip
         stride = logits.stride(0)
-        key = (logits.dtype, None if bias is None else bias.dtype, stride, constants)
-        launch(_route_kernel, (T, 1, 1), (logits, bias, weights, ids), (stride,), constants, key, _warps(E))
+        launch = _route_launch(logits.dtype, None if bias is None else bias.dtype, T, E, stride, config)
+        launch((logits, bias, weights, ids), (stride,))
     return (weights, *expert_index(ids, E))
 
 
@@ -259,9 +273,10 @@ def route_backward(grad: Tensor, logits: Tensor, ids: Tensor, config) -> Tensor:
     T, E = logits.shape
     out = torch.empty(T, E, dtype=logits.dtype, device=logits.device)
     if T:
-        _route_backward_kernel[(T,)](
-            grad, logits, ids, out, logits.stride(0), E, _pow2(E), config.top_k,
-            config.score == "sigmoid", config.order == "post", config.order == "pre_renorm", config.norm_eps, config.scale,
-            num_warps=_warps(E),
+        constants = (
+            E, _pow2(E), config.top_k, config.score == "sigmoid", config.order == "post", config.order == "pre_renorm",
+            config.norm_eps, config.scale,
         )  # fmt: skip
+        launch = Launch(_route_backward_kernel, (T, 1, 1), constants, _warps(E))
+        launch((grad, logits, ids, out), (logits.stride(0),))
     return out

@@ -1,0 +1,10 @@
+"""The benchmark behind `moesaic bench`: one layer of experts, ours beside what others run, in the same rounds.
+
+`layer` holds what is timed, `peers` who is timed, `timing` how, `roofline` what the machine could do, `harness` the
+loop over it all, `report` what is left behind.
+"""
+
+from .harness import Plan, Result, Row, run
+from .peers import PEERS, Peer
+
+__all__ = ["PEERS", "Peer", "Plan", "Result", "Row", "run"]

@@ -1,0 +1,231 @@
+"""The benchmark: shapes × dtypes × tokens × candidates, every candidate of a cell timed in the same rounds."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..cases import DISTRIBUTIONS
+from ..testing import error_report
+from . import roofline
+from .layer import DTYPES, Batch, Layer, case_named, memory_why_not
+from .peers import PEERS, Peer, explanation, foreign_errors, peer_named
+from .timing import GRAPH_TOKENS, host_seconds, interleave
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. Every list keeps its order."""
+
+    shapes: tuple[str, ...]
+    tokens: tuple[int, ...] = (1, 64, 512)
+    dtypes: tuple[str, ...] = ("bf16",)
+    peers: tuple[str, ...] = tuple(PEERS)
+    device: str = "cpu"
+    train: bool = False
+    distribution: str = "uniform"
+    seconds: float = 2.0
+    min_rounds: int = 5
+    ours: tuple[str, ...] = ("moesaic",)
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `ValueError` for a name or a number that means nothing."""
+        for name in self.shapes:
+            case_named(name)
+        for name in (*self.peers, *self.ours):
+            peer_named(name)
+        if unknown := [d for d in self.dtypes if d not in DTYPES]:
+            raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, got {unknown[0]!r}.")
+        if self.distribution not in DISTRIBUTIONS:
+            names = ", ".join(DISTRIBUTIONS)
+            raise ValueError(f"distribution: must be one of {names}, got {self.distribution!r}.")
+        if min(self.tokens, default=0) < 1:
+            raise ValueError(f"tokens: each must be at least 1, got {', '.join(map(str, self.tokens)) or 'none'}.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate in one cell. `why_not` holds the reason where it did not run; figures are then None.
+
+    Attributes:
+        ms, ms_low, ms_high: median and quartiles.
+        tflops, gbs: the layer's least operations and least bytes, over the median.
+        floor_ms, roofline: the least time by the measured roofline, and its share of the median.
+        error: relative norm error of the output against fp64.
+        vs_best_peer: the best peer's time over this one's; above 1 is faster than every peer.
+        mode: `call`, `graph` or `event`, how it was timed.
+        host_us: on a GPU, the time that the host needs to enqueue a call.
+    """
+
+    shape: str
+    dtype: str
+    tokens: int
+    peer: str
+    ours: bool
+    why_not: str | None = None
+    ms: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+    tflops: float | None = None
+    gbs: float | None = None
+    floor_ms: float | None = None
+    roofline: float | None = None
+    error: float | None = None
+    vs_best_peer: float | None = None
+    mode: str = ""
+    rounds: int = 0
+    host_us: float | None = None
+    implementation: str = ""
+
+
+@dataclass
+class Result:
+    """All rows, and the rooflines they are held against, by dtype."""
+
+    plan: Plan
+    rows: list[Row] = field(default_factory=list)
+    rooflines: dict[str, roofline.Roofline] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> list[Row]:
+        return [row for row in self.rows if row.why_not is None]
+
+    @property
+    def failed(self) -> list[Row]:
+        """Rows of ours that did not run."""
+        return [row for row in self.rows if row.ours and row.why_not]
+
+    @property
+    def not_run(self) -> dict[tuple[str, str], list[str]]:
+        """`(candidate, reason) -> cells` in which it did not run."""
+        out: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if row.why_not:
+                out.setdefault((row.peer, row.why_not), []).append(f"{row.shape} {row.dtype} T={row.tokens}")
+        return out
+
+
+def run(plan: Plan, progress: Callable[[str], None] = lambda what: None) -> Iterator[Result]:
+    """Measure the plan; yields the growing result after each cell, so that a long run can be kept as it goes."""
+    plan.check()
+    device, result = torch.device(plan.device), Result(plan)
+    for dtype in plan.dtypes:
+        progress(f"{dtype}: this machine's roofline")
+        result.rooflines[dtype] = roofline.measure(device, DTYPES[dtype], min(1.0, plan.seconds))
+    for shape in plan.shapes:
+        case = case_named(shape)
+        for dtype in plan.dtypes:
+            reason = memory_why_not(case, DTYPES[dtype], device, plan.train)
+            if reason:
+                result.skipped[f"{shape} {dtype}"] = reason
+                continue
+            progress(f"{shape} {dtype}: weights")
+            layer = Layer.make(case, DTYPES[dtype], device, plan.train, plan.seed)
+            for tokens in plan.tokens:
+                progress(f"{shape} {dtype} T={tokens}")
+                result.rows += _cell(plan, result.rooflines[dtype], layer, shape, dtype, tokens)
+                yield result
+            del layer
+            _release(device)
+    if not result.rows:
+        yield result
+
+
+def _cell(plan: Plan, peak: roofline.Roofline, layer: Layer, shape: str, dtype: str, tokens: int) -> list[Row]:
+    """Every candidate on one shape, dtype and number of tokens."""
+    batches = layer.batches(tokens, plan.distribution, plan.seed)
+    picked, oracle = layer.oracle(batches[0])
+    candidates = [peer_named(name) for name in (*plan.ours, *plan.peers)]
+    calls, errors, reasons = {}, {}, {}
+    for peer in candidates:
+        made = _prepare(peer, layer, batches)
+        if isinstance(made, str):
+            reasons[peer.name] = made
+            continue
+        calls[peer.name], y = made
+        errors[peer.name] = error_report(y[picked], oracle).norm if peer.comparable else None
+    graphs = frozenset(p.name for p in candidates if p.graph and tokens <= GRAPH_TOKENS and not plan.train)
+    samples = interleave(calls, len(batches), layer.device, plan.seconds, plan.min_rounds, graphs=graphs)
+    hit = statistics.mean(len(batch.ids.unique()) for batch in batches)
+    work = roofline.work(layer.case, layer.dtype, tokens, hit, plan.train)
+    floor = peak.seconds(work)
+    best = min((s.median for name, s in samples.items() if name in plan.peers), default=None)
+    rows = []
+    for peer in candidates:
+        row = Row(shape, dtype, tokens, peer.name, peer.ours, reasons.get(peer.name))
+        if sample := samples.get(peer.name):
+            low, high = sample.quartiles
+            row = replace(
+                row, ms=sample.median * 1e3, ms_low=low * 1e3, ms_high=high * 1e3,
+                tflops=work.flops / sample.median / 1e12, gbs=work.bytes / sample.median / 1e9, floor_ms=floor * 1e3,
+                roofline=floor / sample.median, error=errors[peer.name],
+                vs_best_peer=None if best is None else best / sample.median,
+                mode=sample.mode, rounds=len(sample.seconds), host_us=_host_us(calls[peer.name], batches, layer.device),
+                implementation=_implementation(peer, layer, tokens),
+            )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _host_us(call: Callable[[int], object], batches: list[Batch], device: torch.device) -> float | None:
+    return host_seconds(call, len(batches), device) * 1e6 if device.type == "cuda" else None
+
+
+def _implementation(peer: Peer, layer: Layer, tokens: int) -> str:
+    if not peer.ours:
+        return ""
+    return peer.name.partition(":")[2] or explanation(layer, tokens).chosen or ""
+
+
+def _prepare(peer: Peer, layer: Layer, batches: list[Batch]):
+    """The candidate built and run once: `(call(i), y of batch 0)`, or the reason why it cannot."""
+    if reason := peer.why_not(layer):
+        return reason
+    try:
+        forward = peer.build(layer)
+        call = _trainer(forward, layer, batches) if layer.train else _inference(forward, batches)
+        with torch.no_grad():
+            y = forward(batches[0]).detach().clone()
+        call(0)
+        call(len(batches) - 1)
+        if layer.device.type == "cuda":
+            torch.cuda.synchronize(layer.device)
+    except foreign_errors() as error:
+        if layer.device.type == "cuda":
+            torch.cuda.synchronize(layer.device)
+        text = str(error).strip() or "no message"
+        return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+    return call, y
+
+
+def _inference(forward, batches: list[Batch]):
+    def call(i: int):
+        with torch.no_grad():
+            return forward(batches[i])
+
+    return call
+
+
+def _trainer(forward, layer: Layer, batches: list[Batch]):
+    """Forward and backward: gradients of x, the routing weights and the expert weights."""
+    parameters = [w for w in (layer.w_gate_up, layer.w_down, layer.b_gate_up, layer.b_down) if w is not None]
+
+    def call(i: int):
+        batch = batches[i]
+        y = forward(batch)
+        wanted = (batch.x, batch.weights, batch.weights_low, *parameters)
+        return torch.autograd.grad(y, wanted, batch.grad, allow_unused=True)  # a peer takes one form of the weights
+
+    return call
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

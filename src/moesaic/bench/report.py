@@ -1,0 +1,193 @@
+"""What a benchmark leaves behind: a JSON record with everything needed to repeat it, a table, and a plot."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MissingExtra
+from ..hardware import arch_of, cpu_name, sm_count
+from .harness import Result, Row
+from .peers import found
+
+PACKAGES = ("moesaic", "torch", "triton", "transformers", "numpy", "vllm", "sonic-moe", "quack-kernels", "liger-kernel")
+
+# Candidates keep their colour in every plot: ours dark and heavy, peers from one qualitative set.
+COLOURS = {
+    "moesaic": "#111111", "torch_loop": "#9a9a9a", "torch_grouped_mm": "#e69f00", "hf_grouped_mm": "#0072b2",
+    "vllm": "#d55e00", "triton_kernels": "#009e73", "sonic": "#cc79a7", "liger": "#56b4e9",
+}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter, read from their metadata (nothing is imported)."""
+    out = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "moesaic" not in out:
+        from .. import __version__
+
+        out["moesaic"] = __version__
+    out["torch"] = torch.__version__  # with the build's tag
+    return out
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine as a record keeps it."""
+    out: dict[str, Any] = {
+        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "os": platform.platform(),
+    }  # fmt: skip
+    if device.type == "cuda":
+        out |= {"gpu": torch.cuda.get_device_name(device), "arch": arch_of(device), "sms": sm_count(device.index or 0),
+                "cuda": torch.version.cuda, "hip": torch.version.hip}  # fmt: skip
+    return out
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the CPU's with the threads that torch uses."""
+    here = machine(device)
+    return here.get("gpu") or f"{here['cpu']}, {here['threads']} thread{'s' if here['threads'] > 1 else ''}"
+
+
+def commit() -> str | None:
+    """The commit of the source tree that this package runs from, `+` if it was changed; None outside of one."""
+    where = str(Path(__file__).parent)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, timeout=20)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    tracked = head and git("ls-files", "--error-unmatch", "report.py")
+    return head + ("+" if git("status", "--porcelain", "--", where) else "") if head and tracked else None
+
+
+def record(result: Result, commit_id: str | None = None, note: str = "") -> dict[str, Any]:
+    """The whole run as plain values: machine, versions, commit, command line, date, rooflines and rows."""
+    return {
+        "what": "training" if result.plan.train else "inference",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["moesaic", *sys.argv[1:]]),
+        "commit": commit_id or commit(),
+        "note": note,
+        "machine": machine(torch.device(result.plan.device)),
+        "versions": versions(),
+        "plan": asdict(result.plan),
+        "roofline": {
+            dtype: {"GB/s": r.bandwidth / 1e9, "TFLOP/s": r.flops / 1e12} for dtype, r in result.rooflines.items()
+        },
+        "skipped": result.skipped,
+        "not_run": [{"peer": p, "reason": why, "cells": cells} for (p, why), cells in result.not_run.items()],
+        "rows": [{k: v for k, v in asdict(row).items() if k != "why_not"} for row in result.measured],
+    }
+
+
+# ---------------------------------------------------------------- table
+def table(rows: Sequence[Row], title: str):
+    """A rich table of measured rows of one shape and dtype; the fastest candidate of each T is bold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name in ("T", "candidate", "median ms", "quartiles", "TFLOP/s", "GB/s", "roofline", "error", "vs best peer"):
+        out.add_column(name, justify="left" if name == "candidate" else "right", no_wrap=True)
+    for tokens in dict.fromkeys(row.tokens for row in rows):
+        cell = [row for row in rows if row.tokens == tokens]
+        fastest = min(row.ms or 0 for row in cell)
+        for i, row in enumerate(cell):
+            name = row.peer + (f" ({row.implementation})" if row.implementation and ":" not in row.peer else "")
+            ratio = Text("–" if row.vs_best_peer is None else f"{row.vs_best_peer:.2f}x", style=ratio_style(row))
+            out.add_row(
+                "" if i else str(tokens), name, figure(row.ms), f"{figure(row.ms_low)} to {figure(row.ms_high)}",
+                figure(row.tflops), figure(row.gbs), f"{row.roofline:.0%}",
+                "–" if row.error is None else f"{row.error:.1e}", ratio,
+                end_section=i + 1 == len(cell), style="bold" if row.ms == fastest else "",
+            )  # fmt: skip
+    return out
+
+
+def ratio_style(row: Row) -> str:
+    """Green where ours is at least as fast as every peer within the noise of 3 %, red where it is not."""
+    if not row.ours or row.vs_best_peer is None:
+        return ""
+    return "green" if row.vs_best_peer >= 0.97 else "red"
+
+
+def figure(value: float | None) -> str:
+    """Three significant figures without an exponent."""
+    if value is None:
+        return "–"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+# ---------------------------------------------------------------- plot
+def plot(result: Result, path: Path) -> None:
+    """Time against tokens, one panel for each shape and dtype, with the measured roofline beneath.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    if not found("matplotlib"):
+        raise MissingExtra("matplotlib", "plot", "the plot")
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row.shape, row.dtype) for row in result.measured))
+    columns = min(len(panels), 3) or 1
+    lines = -(-len(panels) // columns) or 1
+    sheet = Figure(figsize=(0.8 + 3.9 * columns, 1.1 + 3.3 * lines), layout="constrained", dpi=140)
+    axes = list(sheet.subplots(lines, columns, squeeze=False).flat)
+    for axis, (shape, dtype) in zip(axes, panels, strict=False):
+        _panel(axis, [r for r in result.measured if (r.shape, r.dtype) == (shape, dtype)], f"{shape}, {dtype}")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    handles = {}
+    for axis in axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    across = min(len(handles), 2 * columns) or 1
+    sheet.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across, frameon=False, fontsize=9)
+    what = "forward and backward" if result.plan.train else "forward"
+    name = device_name(torch.device(result.plan.device))
+    sheet.suptitle(f"One layer of experts, {what}, on {name}: median time (lower is better)", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.savefig(path)
+
+
+def _panel(axis, rows: list[Row], title: str) -> None:
+    for name in dict.fromkeys(r.peer for r in rows):
+        points = [(r.tokens, r.ms) for r in rows if r.peer == name]
+        ours = name.startswith("moesaic")
+        axis.plot(
+            *zip(*points, strict=True), marker="o", markersize=4.5 if ours else 3.5, linewidth=2.4 if ours else 1.3,
+            color=COLOURS.get(name.partition(":")[0]), label=name, zorder=3 if ours else 2,
+            linestyle="--" if ":" in name else "-",
+        )  # fmt: skip
+    floor = dict(sorted((r.tokens, r.floor_ms or 0.0) for r in rows))
+    tokens = list(floor)
+    axis.plot(tokens, list(floor.values()), color="#555555", linewidth=1, linestyle=":", label="measured roofline")
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+    axis.fill_between(tokens, 0, list(floor.values()), color="#000000", alpha=0.06, linewidth=0)
+    axis.set_ylim(bottom=min(floor.values()) / 1.6)
+    axis.set_xticks(tokens, [str(t) for t in tokens])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_title(title, fontsize=10)
+    axis.grid(True, alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)

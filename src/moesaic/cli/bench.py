@@ -1,0 +1,111 @@
+"""`moesaic bench`: one layer of experts, ours beside everything else that can run here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from ..bench import PEERS, Plan, Result, report
+from ..bench import run as measure
+from ..cases import DISTRIBUTIONS
+from ..errors import MissingExtra
+from .screen import Clock, Device, Json, Screen, UsageMistake, clean, names, numbers, pick_device
+
+
+def bench(
+    shapes: Annotated[
+        str, typer.Option(help="Names in moesaic.cases.CASES; NAME-small shrinks one.")
+    ] = "olmoe,qwen3-30b-a3b",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,8,64,512",
+    dtypes: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp64.")] = "bf16",
+    peers: Annotated[str, typer.Option(help=f"all, none, or some of {', '.join(PEERS)}.")] = "all",
+    ours: Annotated[str, typer.Option(help="moesaic, or moesaic:IMPLEMENTATION to force one.")] = "moesaic",
+    train: Annotated[bool, typer.Option("--train", help="Time forward and backward.")] = False,
+    distribution: Annotated[str, typer.Option(help=f"How tokens spread: {', '.join(DISTRIBUTIONS)}.")] = "uniform",
+    seconds: Annotated[float, typer.Option(help="Time to spend on one candidate in one cell.")] = 2.0,
+    rounds: Annotated[int, typer.Option(help="Rounds of one cell at least.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the record here (JSON), kept up to date while it runs.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against tokens here (PNG).")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to record, where the source is not a git tree.")] = None,
+    note: Annotated[str, typer.Option(help="A remark for the record.")] = "",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time one layer of experts against other implementations, all of them in the same rounds.
+
+    Medians over rotating batches; TFLOP/s and GB/s count the least work the layer needs; roofline is the share of what
+    this machine was measured to do in the same run; error is against fp64. Exit code 1 if moesaic itself fails.
+    """
+    screen, here, clock = Screen(as_json), pick_device(device), Clock()
+    plan = Plan(
+        names(shapes), numbers(tokens, "--tokens"), names(dtypes), _peers(peers), str(here), train, distribution,
+        seconds, rounds, names(ours),
+    )  # fmt: skip
+    try:
+        plan.check()
+    except ValueError as error:
+        raise UsageMistake(f"bench: {error}") from error
+    if plot is not None and not report.found("matplotlib"):
+        raise MissingExtra("matplotlib", "plot", "--plot")
+    what = "forward and backward" if train else "forward"
+    screen.title(
+        "moesaic bench", f"One layer of experts, {what}, {distribution} routing, on {report.device_name(here)}."
+    )
+    result = _run(screen, plan, out, commit, note)
+    kept = report.record(result, commit, note)
+    _rest(screen, result, clock.seconds)
+    if plot is not None:
+        report.plot(result, plot)
+        screen.print(f"wrote {plot}")
+    if out is not None:
+        screen.print(f"wrote {out}")
+    screen.emit(kept)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _run(screen: Screen, plan: Plan, out: Path | None, commit: str | None, note: str) -> Result:
+    """Measure, print each table when its last cell is done, and keep the record up to date."""
+    result, shown = Result(plan), 0
+    with screen.alone(), screen.progress(len(plan.shapes) * len(plan.dtypes) * len(plan.tokens)) as advance:
+        for result in measure(plan, lambda what: advance(what, 0)):
+            advance("", 1)
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(clean(report.record(result, commit, note)), indent=1) + "\n")
+            rows = result.measured[shown:]
+            if rows and rows[-1].tokens == plan.tokens[-1]:
+                shown = len(result.measured)
+                screen.print(report.table(rows, f"{rows[0].shape}, {rows[0].dtype}"))
+    return result
+
+
+def _rest(screen: Screen, result: Result, seconds: float) -> None:
+    """The rooflines, and everything that was not measured with its reason."""
+    for dtype, peak in result.rooflines.items():
+        screen.print(
+            f"[dim]measured roofline, {dtype}: copy {peak.bandwidth / 1e9:.3g} GB/s, "
+            f"product {peak.flops / 1e12:.3g} TFLOP/s[/dim]"
+        )
+    for (peer, reason), cells in result.not_run.items():
+        where = (
+            "" if len(cells) == len({(r.shape, r.dtype, r.tokens) for r in result.rows}) else f" ({', '.join(cells)})"
+        )
+        screen.print(Text(f"not run: {peer}: {reason}{where}", style="dim"))
+    for what, reason in result.skipped.items():
+        screen.print(Text(f"skipped: {what}: {reason}", style="yellow"))
+    for row in result.failed:
+        screen.print(Text(f"FAILED: {row.peer} on {row.shape} {row.dtype} T={row.tokens}: {row.why_not}", style="red"))
+    screen.print(f"[dim]{seconds:.0f} s[/dim]")
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    if text == "all":
+        return tuple(PEERS)
+    return () if text == "none" else names(text)

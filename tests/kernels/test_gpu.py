@@ -1,0 +1,116 @@
+"""What only a GPU can show: no host synchronisation, CUDA graphs, fullgraph compilation, offsets past 2^31, real shapes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from moesaic import Routing, fused_experts, grouped_matmul, permute, route, unpermute
+from moesaic.cases import CASES
+from moesaic.testing import STAGES, assert_close, make_inputs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def layer(inputs, logits):
+    routing = route(logits, top_k=inputs.case.top_k, implementation="triton")
+    return fused_experts(**{**inputs.arguments(), "routing": routing}, implementation="triton")
+
+
+@pytest.fixture
+def olmoe():
+    inputs = make_inputs(CASES["olmoe"].small(256, 128, 16), 64, torch.bfloat16, "cuda")
+    return inputs, torch.randn(64, 16, device="cuda")
+
+
+def test_no_host_synchronisation(olmoe):
+    inputs, logits = olmoe
+    leaves = [t.requires_grad_() for t in (inputs.x, inputs.w_gate_up, inputs.w_down, logits)]
+    torch.autograd.grad(layer(inputs, logits).sum(), leaves)  # compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(layer(inputs, logits).sum(), leaves)
+        rows = permute(inputs.x.detach(), inputs.routing)
+        unpermute(grouped_matmul(rows, inputs.w_gate_up.detach(), inputs.routing), inputs.routing)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph(olmoe):
+    """Captured once, replayed on other tokens and another routing."""
+    inputs, logits = olmoe
+    with torch.no_grad():
+        layer(inputs, logits)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(inputs, logits)
+        logits.copy_(torch.randn_like(logits))
+        inputs.x.copy_(torch.randn_like(inputs.x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, layer(inputs, logits))
+
+
+def test_compile_fullgraph(olmoe):
+    inputs, logits = olmoe
+    compiled = torch.compile(layer, fullgraph=True)
+    logits.requires_grad_()
+    inputs.w_gate_up.requires_grad_()
+    leaves = (logits, inputs.w_gate_up)
+    results = []
+    for f in (compiled, layer):
+        y = f(inputs, logits)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "olmoe", "gpt-oss-120b"])
+@pytest.mark.parametrize(
+    ("tokens", "distribution"), [(1, "uniform"), (16, "decode"), (500, "zipf"), (2000, "one_hot_expert")]
+)
+def test_real_shapes(name, tokens, distribution):
+    case = CASES[name]
+    inputs = make_inputs(case, tokens, torch.bfloat16, "cuda", distribution)
+    y = fused_experts(**inputs.arguments(), implementation="triton")
+    wide = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in inputs.arguments().items()}
+    oracle = fused_experts(**wide, implementation="torch")
+    assert_close(y, oracle, case.hidden_size, STAGES["fused_experts"])
+
+
+def test_offsets_past_two_to_the_31():
+    """More than 2^31 elements in rows, in weights and in a gathered operand; the last of each is checked."""
+    H, I, E, T = 4096, 512, 600, 300_000
+    x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+    w_gate_up = torch.randn(E, 2 * I, H, device="cuda", dtype=torch.bfloat16) * H**-0.5
+    w_down = torch.randn(E, H, I, device="cuda", dtype=torch.bfloat16) * I**-0.5
+    ids = torch.randint(0, E, (T, 2), device="cuda")
+    ids[-8:] = torch.tensor([E - 1, E - 2], device="cuda")
+    assert w_gate_up.numel() > 2**30 and T * 2 * H > 2**31
+    weights = torch.rand(T, 2, device="cuda")
+    y = fused_experts(x, w_gate_up, w_down, Routing.from_topk(weights, ids, E), implementation="triton")
+    tail = slice(T - 8, T)
+    few = Routing.from_topk(weights[tail], ids[tail], E)
+    oracle = fused_experts(x[tail].float(), w_gate_up.float(), w_down.float(), few, implementation="torch")
+    assert_close(y[tail], oracle, H, STAGES["fused_experts"])
+
+
+def test_host_time():
+    """A call costs the host less than a launch-bound decode step can hide: under 60 µs."""
+    inputs = make_inputs(CASES["olmoe"].small(256, 128, 16), 4, torch.bfloat16, "cuda")
+    args = inputs.arguments()
+    with torch.no_grad():
+        for _ in range(20):
+            fused_experts(**args, implementation="triton")
+        best = float("inf")
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(20):
+                fused_experts(**args, implementation="triton")
+            best = min(best, (time.perf_counter() - start) / 20)
+    assert best < 60e-6, f"{best * 1e6:.1f} µs"
