@@ -29,9 +29,9 @@ class Launch:
     Args:
         constants: the compile-time arguments, which come last in the kernel's signature.
 
-    A launch is called with pointers (tensors of one device, or None) and numbers. From call to call the pointers' dtypes
-    and which of them are None must not change, nor any number that the kernel specialises on; numbers that change must
-    be in its `do_not_specialize` and below 2^31.
+    A launch is called with pointers (tensors of one device, or None) and numbers. From call to call, the pointers'
+    dtypes, which of them are None, and the numbers that the kernel specialises on must not change; numbers that do
+    change must be in its `do_not_specialize` and below 2^31.
     """
 
     __slots__ = ("_compiled", "constants", "grid", "kernel", "options")

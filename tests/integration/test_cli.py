@@ -212,6 +212,8 @@ def test_bench_writes_a_record_that_says_everything(tmp_path):
     for row in record["rows"]:
         assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"] and row["rounds"] >= 5
         assert row["error"] < (1e-2 if row["dtype"] == "bf16" else 1e-6)
+    (line,) = (s for s in record["summary"] if s["peer"] == "torch_loop")
+    assert line["cells"] == 4 and 0 < line["ratio"]["lowest"] <= line["ratio"]["mean"]
     reasons = {line["peer"]: line["reason"] for line in record["not_run"]}
     assert reasons["vllm"] == "needs a GPU"
 
@@ -285,6 +287,18 @@ def test_rounds_visit_every_candidate_and_every_batch():
     assert {name: len(s.seconds) for name, s in samples.items()} == {"a": 7, "b": 7, "c": 7}
     assert seen["a"] == seen["b"] == seen["c"] == [0, 1, 2, 0, 1, 2, 0]
     assert timing.interleave({}, 3, torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_no_candidate_always_follows_another(count):
+    """A call leaves its weights in the cache and its pages in the allocator: every place is taken equally often."""
+    log: list[str] = []
+    calls = {name: lambda i, name=name: log.append(name) for name in "abcd"[:count]}
+    timing.interleave(calls, 1, torch.device("cpu"), seconds=0.0, min_rounds=2 * count)
+    rounds = [log[i : i + count] for i in range(0, len(log), count)]
+    for place in range(count):
+        assert sorted(r[place] for r in rounds) == sorted(list(calls) * 2)
+    assert all(any(r.index(a) < r.index(b) for r in rounds) for a in calls for b in calls if a != b)
 
 
 # ---------------------------------------------------------------- load

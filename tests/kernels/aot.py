@@ -1,6 +1,6 @@
 """Compile the shipped kernels for GPUs that are not there, and report what the compiler made of them.
 
-Run as a script (in a process without TRITON_INTERPRET): `python aot.py sm_80 sm_90 gfx942` prints one JSON line a kernel.
+Run as a script without TRITON_INTERPRET: `python aot.py sm_80 sm_90 gfx942` prints one JSON line a kernel.
 """
 
 from __future__ import annotations
@@ -134,11 +134,13 @@ def small_kernels(case, dtype=torch.bfloat16):
         "stride_grad": "i32"}, {"b_down_ptr": None, "H": H, "I": I, "E": E, "E_POW2": products.pow2(E), "TOP_K": K,
         "FORWARD": forward, "BACKWARD": backward, "GATED": act.gated, "INTERLEAVED": False, "ALPHA": act.alpha,
         "LIMIT": act.limit, "WEIGHTED": True, "HAS_BIAS": False, "BLOCK": 1024}  # fmt: skip
-    yield "route", route._route_kernel, {"logits_ptr": f, "bias_ptr": f, "weights_ptr": f, "ids_ptr": i, "stride_t": "i32"}, {
+    yield "route", route._route_kernel, {"logits_ptr": f, "bias_ptr": f, "weights_ptr": f, "ids_ptr": i,
+        "stride_t": "i32"}, {
         "E": E, "E_POW2": products.pow2(E), "K": K, "K_POW2": products.pow2(K), "SIGMOID": True, "POST": False,
         "RENORM": True, "EPS": 1e-20, "SCALE": 2.5, "HAS_BIAS": True, "GROUPS": 8, "KEPT": 4, "TOP2": True,
         "MASK_VALUE": float("-inf")}  # fmt: skip
-    yield "index", route._index_kernel, {n: i for n in ("ids_ptr", "before_ptr", "out_ids_ptr", "tokens_ptr", "offsets_ptr",
+    yield "index", route._index_kernel, {n: i for n in (
+        "ids_ptr", "before_ptr", "out_ids_ptr", "tokens_ptr", "offsets_ptr",
         "order_ptr", "index_ptr")} | {"total": "i32"}, {"E": E, "E_POW2": products.pow2(E + 2), "BLOCK": route.BLOCK,
         "SINGLE": False}  # fmt: skip
 

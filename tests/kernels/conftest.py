@@ -1,6 +1,6 @@
 """The kernel suite runs on the GPU if there is one, else in Triton's interpreter (`TRITON_INTERPRET=1`) on the CPU.
 
-The interpreter (3.6 to 3.9) multiplies the raw bits of bf16 operands and truncates where the hardware rounds to nearest;
+The interpreter (3.6 to 3.9) multiplies the raw bits of bf16 operands and truncates where hardware rounds to nearest;
 both are mended here, before any kernel is made.
 """
 

@@ -164,7 +164,7 @@ def test_tf32_is_only_taken_when_asked_for(implementation, device):
     want = rows.double() @ w[0].double().T
     assert_close(grouped_matmul(rows, w, r, implementation=implementation), want, 256)
     loose = grouped_matmul(rows, w, r, allow_tf32=True, implementation=implementation)
-    # TF32 keeps as many bits as fp16, but the H200 cuts both operands instead of rounding them (2026-11-22: norm 7.7e-4)
+    # TF32 keeps as many bits as fp16, but the H200 cuts both operands, not rounds them (2026-11-22: norm 7.7e-4)
     assert_close(loose, want, 256, stages=6, dtype=FP16)
     if device == "cuda" and implementation == "triton":
         assert not torch.equal(loose, grouped_matmul(rows, w, r, implementation=implementation))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no host synchronisation, CUDA graphs, fullgraph compilation, offsets past 2^31, real shapes."""
+"""What only a GPU shows: no host synchronisation, CUDA graphs, fullgraph compilation, long offsets, real shapes."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def op_calls(device, implementation):
     def leaf(*shape):
         return torch.randn(*shape, device=device, requires_grad=True)
 
-    args, named = leaves(inputs)
+    args, _ = leaves(inputs)
     layer = [args[k] for k in ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")]
     options = ("swiglu_oai", 1.702, 7.0, True, True, False)
     config = RouterConfig(2).fields()

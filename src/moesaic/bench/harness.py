@@ -14,7 +14,7 @@ from ..testing import error_report
 from . import roofline
 from .layer import DTYPES, Batch, Layer, case_named, memory_why_not
 from .peers import PEERS, Peer, explanation, foreign_errors, peer_named
-from .timing import GRAPH_TOKENS, host_seconds, interleave
+from .timing import GRAPH_TOKENS, Sample, host_seconds, interleave
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Row:
         floor_ms, roofline: the least time by the measured roofline, and its share of the median.
         error: relative norm error of the output against fp64.
         vs_best_peer: the best peer's time over this one's; above 1 is faster than every peer.
+        paired: of ours against each peer, the median over rounds of the ratio within a round.
         mode: `call`, `graph` or `event`, how it was timed.
         host_us: on a GPU, the time that the host needs to enqueue a call.
     """
@@ -77,6 +78,7 @@ class Row:
     roofline: float | None = None
     error: float | None = None
     vs_best_peer: float | None = None
+    paired: dict[str, float] = field(default_factory=dict)
     mode: str = ""
     rounds: int = 0
     host_us: float | None = None
@@ -166,11 +168,16 @@ def _cell(plan: Plan, peak: roofline.Roofline, layer: Layer, shape: str, dtype: 
                 tflops=work.flops / sample.median / 1e12, gbs=work.bytes / sample.median / 1e9, floor_ms=floor * 1e3,
                 roofline=floor / sample.median, error=errors[peer.name],
                 vs_best_peer=None if best is None else best / sample.median,
+                paired={p: _paired(samples[p], sample) for p in plan.peers if peer.ours and p in samples},
                 mode=sample.mode, rounds=len(sample.seconds), host_us=_host_us(calls[peer.name], batches, layer.device),
                 implementation=_implementation(peer, layer, tokens),
             )  # fmt: skip
         rows.append(row)
     return rows
+
+
+def _paired(other: Sample, own: Sample) -> float:
+    return statistics.median(a / b for a, b in zip(other.seconds, own.seconds, strict=True))
 
 
 def _host_us(call: Callable[[int], object], batches: list[Batch], device: torch.device) -> float | None:

@@ -252,7 +252,8 @@ def _sonic(layer: Layer) -> Call:
     E, K = case.num_experts, case.top_k
     up, down = layer.w_gate_up.permute(1, 2, 0), layer.w_down.permute(1, 2, 0)
     # newer releases take one more flag at the end of the second function
-    last = (True,) * (len(inspect.signature(functional._DownProjection.forward).parameters) - 15)
+    parameters = inspect.signature(functional._DownProjection.forward).parameters.values()
+    last = (True,) * (sum(p.default is p.empty for p in parameters) - 15)
 
     def call(batch: Batch) -> Tensor:
         T = batch.x.shape[0]

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def device_name(device: torch.device) -> str:
 
 def commit() -> str | None:
     """The commit of the source tree that this package runs from, `+` if it was changed; None outside of one."""
-    where = str(Path(__file__).parent)
+    where = str(Path(__file__).parents[1])
 
     def git(*arguments: str) -> str | None:
         try:
@@ -75,7 +76,7 @@ def commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short=12", "HEAD")
-    tracked = head and git("ls-files", "--error-unmatch", "report.py")
+    tracked = head and git("ls-files", "--error-unmatch", "__init__.py")
     return head + ("+" if git("status", "--porcelain", "--", where) else "") if head and tracked else None
 
 
@@ -93,20 +94,48 @@ def record(result: Result, commit_id: str | None = None, note: str = "") -> dict
         "roofline": {
             dtype: {"GB/s": r.bandwidth / 1e9, "TFLOP/s": r.flops / 1e12} for dtype, r in result.rooflines.items()
         },
+        "summary": summary(result),
         "skipped": result.skipped,
         "not_run": [{"peer": p, "reason": why, "cells": cells} for (p, why), cells in result.not_run.items()],
         "rows": [{k: v for k, v in asdict(row).items() if k != "why_not"} for row in result.measured],
     }
 
 
+def summary(result: Result) -> list[dict[str, Any]]:
+    """Each of ours against each peer over all cells they share: geometric mean and lowest ratio; above 1 is faster.
+
+    `ratio` compares medians; `paired` is the median over rounds of the ratio within a round, which noise touches less.
+    """
+    cells = {(r.shape, r.dtype, r.tokens, r.peer): r for r in result.measured}
+    out = []
+    for ours in result.plan.ours:
+        for peer in result.plan.peers:
+            ratios, paired = {}, {}
+            for (shape, dtype, tokens, name), row in cells.items():
+                other = cells.get((shape, dtype, tokens, peer))
+                if name == ours and other is not None:
+                    where = f"{shape} {dtype} T={tokens}"
+                    ratios[where], paired[where] = (other.ms or 0) / (row.ms or 1), row.paired[peer]
+            if ratios:
+                out.append({"ours": ours, "peer": peer, "cells": len(ratios), "ratio": _low_and_mean(ratios),
+                            "paired": _low_and_mean(paired)})  # fmt: skip
+    return out
+
+
+def _low_and_mean(values: dict[str, float]) -> dict[str, Any]:
+    where = min(values, key=lambda cell: values[cell])
+    return {"mean": statistics.geometric_mean(values.values()), "lowest": values[where], "at": where}
+
+
 # ---------------------------------------------------------------- table
-def table(rows: Sequence[Row], title: str):
+def table(rows: Sequence[Row], title: str, wide: bool = True):
     """A rich table of measured rows of one shape and dtype; the fastest candidate of each T is bold."""
     from rich.table import Table
     from rich.text import Text
 
     out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for name in ("T", "candidate", "median ms", "quartiles", "TFLOP/s", "GB/s", "roofline", "error", "vs best peer"):
+    heads = ("T", "candidate", "ms", "roofline", "error", "vs best\npeer", "quartiles", "TFLOP/s", "GB/s")
+    for name in heads if wide else heads[:6]:
         out.add_column(name, justify="left" if name == "candidate" else "right", no_wrap=True)
     for tokens in dict.fromkeys(row.tokens for row in rows):
         cell = [row for row in rows if row.tokens == tokens]
@@ -114,12 +143,13 @@ def table(rows: Sequence[Row], title: str):
         for i, row in enumerate(cell):
             name = row.peer + (f" ({row.implementation})" if row.implementation and ":" not in row.peer else "")
             ratio = Text("–" if row.vs_best_peer is None else f"{row.vs_best_peer:.2f}x", style=ratio_style(row))
-            out.add_row(
-                "" if i else str(tokens), name, figure(row.ms), f"{figure(row.ms_low)} to {figure(row.ms_high)}",
-                figure(row.tflops), figure(row.gbs), f"{row.roofline:.0%}",
+            cells = (
+                "" if i else str(tokens), name, figure(row.ms), f"{row.roofline:.0%}",
                 "–" if row.error is None else f"{row.error:.1e}", ratio,
-                end_section=i + 1 == len(cell), style="bold" if row.ms == fastest else "",
+                f"{figure(row.ms_low)} to {figure(row.ms_high)}", figure(row.tflops), figure(row.gbs),
             )  # fmt: skip
+            style = "bold" if row.ms == fastest else ""
+            out.add_row(*cells[: len(out.columns)], end_section=i + 1 == len(cell), style=style)
     return out
 
 

@@ -68,7 +68,7 @@ def interleave(
     while rounds < min_rounds or (time.perf_counter() - start < seconds * len(names) and rounds < max_rounds):
         shift = rounds % len(names)
         order = names[shift:] + names[:shift]
-        for name in order if rounds % 2 else reversed(order):
+        for name in order if rounds // len(names) % 2 else reversed(order):  # every place, and both neighbours
             samples[name].seconds.append(timers[name][1](rounds))
         rounds += 1
     return samples

@@ -82,7 +82,7 @@ def _run(screen: Screen, plan: Plan, out: Path | None, commit: str | None, note:
             rows = result.measured[shown:]
             if rows and rows[-1].tokens == plan.tokens[-1]:
                 shown = len(result.measured)
-                screen.print(report.table(rows, f"{rows[0].shape}, {rows[0].dtype}"))
+                screen.print(report.table(rows, f"{rows[0].shape}, {rows[0].dtype}", wide=screen.console.width >= 100))
     return result
 
 
@@ -93,6 +93,13 @@ def _rest(screen: Screen, result: Result, seconds: float) -> None:
             f"[dim]measured roofline, {dtype}: copy {peak.bandwidth / 1e9:.3g} GB/s, "
             f"product {peak.flops / 1e12:.3g} TFLOP/s[/dim]"
         )
+    for line in report.summary(result):
+        ratio, paired = line["ratio"], line["paired"]
+        screen.print(Text.assemble(
+            f"{line['ours']} against {line['peer']}: ", (f"{ratio['mean']:.2f}x", "bold"),
+            f" over {line['cells']} cells, lowest {ratio['lowest']:.2f}x at {ratio['at']}; round by round "
+            f"{paired['mean']:.2f}x, lowest {paired['lowest']:.2f}x at {paired['at']}",
+        ))  # fmt: skip
     for (peer, reason), cells in result.not_run.items():
         where = (
             "" if len(cells) == len({(r.shape, r.dtype, r.tokens) for r in result.rows}) else f" ({', '.join(cells)})"

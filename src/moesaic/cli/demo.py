@@ -27,6 +27,9 @@ from .screen import Clock, Device, Json, Screen, UsageMistake, clean, names, num
 
 EAGER, GROUPED = "torch_loop", "hf_grouped_mm"  # what a Hugging Face user has without moesaic
 REPOSITORY = Path(__file__).parents[3]
+SPEED_COLUMNS = (
+    "tokens", "loop\nms", "grouped_mm\nms", "moesaic\nms", "vs\nloop", "vs\ngrouped_mm", "of\nroofline", "ran\non",
+)  # fmt: skip
 NEW_BYTES, SEED = 160, 2
 
 # Beginnings that the model has to continue; a token is a byte, so these need no tokenizer.
@@ -87,7 +90,8 @@ def demo(
     with screen.alone():
         facts = _model_part(screen, place, here, out)
         facts |= _speed_part(screen, plan, out) | _why_part(screen, here)
-    facts |= {"seconds": clock.seconds, "files": [str(out / name) for name in ("load.png", "speed.png", "demo.json")]}
+    files = [*(f for f in (out / "load.png", out / "speed.png") if f.exists()), out / "demo.json"]
+    facts |= {"seconds": clock.seconds, "files": [str(f) for f in files]}
     (out / "demo.json").write_text(json.dumps(clean(facts), indent=1) + "\n")
     _farewell(screen, facts, clock.seconds)
     screen.emit(facts)
@@ -123,7 +127,8 @@ def _model_part(screen: Screen, checkpoint: Path, device: torch.device, out: Pat
         f"{config.num_experts} experts, {config.num_experts_per_tok} for each token. It reads and writes bytes.",
     )  # fmt: skip
     screen.print(
-        '    model = AutoModelForCausalLM.from_pretrained(path, [bold]experts_implementation="moesaic"[/bold])\n'
+        "    model = AutoModelForCausalLM.from_pretrained(\n"
+        '        path, [bold]experts_implementation="moesaic"[/bold])\n'
     )
     with screen.progress() as advance, _one_thread():
         completions = [_complete(model, prompt, advance) for prompt in PROMPTS]
@@ -211,22 +216,22 @@ def _show_completions(screen: Screen, completions: list[Completion]) -> None:
 def _show_layers(screen: Screen, compared: dict[str, Comparison], tokens: int) -> None:
     screen.step(
         2, "Is every layer right?",
-        f"{tokens} bytes of real code. Each layer alone, on the routing that eager chose, against Hugging Face's loop\n"
-        "in fp64: ours should be as close to the truth as eager. Flips: tokens that choose other experts when the\n"
-        "whole model runs with moesaic, because two experts were nearly tied.",
+        f"{tokens} bytes of real code. Each layer alone, on the routing that eager chose: its relative error against "
+        "Hugging Face's loop in fp64. Ours should be as close to the truth as eager. Flips: tokens that choose other "
+        "experts when the whole model runs with moesaic, because two were nearly tied.",
     )  # fmt: skip
     table = Table(header_style="bold")
     table.add_column("layer", no_wrap=True)
     for dtype in compared:
         for name in ("eager", "moesaic", "flips"):
-            table.add_column(f"{dtype} {name}", justify="right", no_wrap=True)
-    for lines in zip(*(c.layers for c in compared.values()), strict=True):
+            table.add_column(f"{dtype}\n{name}", justify="right", no_wrap=True)
+    for i, lines in enumerate(zip(*(c.layers for c in compared.values()), strict=True)):
         cells = []
         for line in lines:
             good = line.ours <= max(2 * line.eager, 1e-6)
             cells += [f"{line.eager:.1e}", Text(f"{line.ours:.1e}", style="green" if good else "red"),
-                      f"{line.flips} of {line.tokens}"]  # fmt: skip
-        table.add_row(lines[0].name.removeprefix("model."), *cells)
+                      str(line.flips)]  # fmt: skip
+        table.add_row(str(i), *cells)
     screen.print(table)
     for dtype, c in compared.items():
         difference = f"logits differ by {c.logits:.1e}" if c.logits else "logits are equal bit for bit"
@@ -241,18 +246,20 @@ def _show_load(screen: Screen, comparison: Comparison, path: Path, experts: int)
         "Where do tokens go?",
         "Tokens of each expert over an even share: 1.0 is even, 0.0 an expert that nobody uses.",
     )
-    table = Table(header_style="bold", padding=(0, 0))
-    table.add_column("layer ", no_wrap=True)
+    wide = screen.console.width >= 100
+    table = Table(header_style="bold", padding=0, box=None)
+    table.add_column("layer ", no_wrap=True, justify="center")
     shown = min(experts, 16)
     for e in range(shown):
-        table.add_column(f"{e:^5}", no_wrap=True)
-    for name in (" most", " unused", " diversity"):
+        table.add_column(f"{e:^4}", no_wrap=True)
+    for name in ("  most", "  unused", "  diversity")[: 3 if wide else 1]:
         table.add_column(name, justify="right", no_wrap=True)
     records = []
     for i, line in enumerate(comparison.layers):
         stats = load_statistics(line.load)
-        cells = [Text(f" {v:3.1f} ", style=_heat(v)) for v in line.load.tolist()[:shown]]
-        table.add_row(f"{i}", *cells, f"{line.load.max():.1f}x", f"{stats.dead:.0%}", f"{stats.diversity:.0%}")
+        cells = [Text(f"{v:3.1f}".center(4), style=_heat(v)) for v in line.load.tolist()[:shown]]
+        rest = (f"{line.load.max():.1f}x", f"{stats.dead:.0%}", f"{stats.diversity:.0%}")
+        table.add_row(f"{i}", *cells, *rest[: 3 if wide else 1])
         records.append({"layer": line.name, "load": line.load.tolist(), **asdict(stats)})
     screen.print(table)
     if report.found("matplotlib"):
@@ -277,7 +284,7 @@ def _heat(value: float) -> str:
 def _speed_part(screen: Screen, plan: Plan, out: Path) -> dict[str, Any]:
     screen.step(
         4, "How fast is one layer?",
-        "Layers of real models with random weights in bf16; medians of interleaved rounds.\n"
+        "Layers of real models with random weights in bf16; medians of interleaved rounds. "
         "loop: the loop over experts that models ship with. grouped_mm: Hugging Face's fastest stock choice.",
     )  # fmt: skip
     result = Result(plan)
@@ -285,7 +292,7 @@ def _speed_part(screen: Screen, plan: Plan, out: Path) -> dict[str, Any]:
         for partial in measure(plan, lambda what: advance(what, 0)):
             result = partial
             advance("", 1)
-    screen.print(_speed_table(result))
+    screen.print(_speed_table(result, wide=screen.console.width >= 100))
     for what, reason in result.skipped.items():
         screen.print(Text(f"skipped {what}: {reason}", style="yellow"))
     if report.found("matplotlib") and result.measured:
@@ -294,19 +301,10 @@ def _speed_part(screen: Screen, plan: Plan, out: Path) -> dict[str, Any]:
     return {"speed": report.record(result)}
 
 
-def _speed_table(result: Result) -> Table:
+def _speed_table(result: Result, wide: bool) -> Table:
     table = Table(header_style="bold")
     table.add_column("layer", no_wrap=True)
-    for name in (
-        "tokens",
-        "loop ms",
-        "grouped_mm ms",
-        "moesaic ms",
-        "vs loop",
-        "vs grouped_mm",
-        "of roofline",
-        "ran on",
-    ):
+    for name in SPEED_COLUMNS if wide else SPEED_COLUMNS[:6]:
         table.add_column(name, justify="right", no_wrap=True)
     cells: dict[tuple[str, int], dict[str, Any]] = {}
     for row in result.measured:
@@ -316,10 +314,9 @@ def _speed_table(result: Result) -> Table:
         times = [report.figure(rows[p].ms) if p in rows else "–" for p in (EAGER, GROUPED, "moesaic")]
         ratios = [_ratio(rows[p].ms / ours.ms) if p in rows and ours else Text("–") for p in (EAGER, GROUPED)]
         share = f"{ours.roofline:.0%}" if ours else "–"
-        table.add_row(
-            shape if first else "", str(tokens), *times, *ratios, share, ours.implementation if ours else "–",
-            end_section=(i + 1) % len(result.plan.tokens) == 0,
-        )  # fmt: skip
+        rest = (share, ours.implementation if ours else "–") if wide else ()
+        last = (i + 1) % len(result.plan.tokens) == 0
+        table.add_row(shape if first else "", str(tokens), *times, *ratios, *rest, end_section=last)
     return table
 
 

@@ -1,7 +1,7 @@
-"""`grouped_matmul` in Triton: one kernel for every product of rows with their experts' matrices, one for weight gradients.
+"""`grouped_matmul` in Triton: one kernel for all products of rows with experts' matrices, one for weight gradients.
 
 Legend: M rows, N output columns, K contraction; a *slot* is a place in the grid that may hold a tile of rows. Where the
-tiles lie is known on the device only, so grids are upper bounds and surplus slots leave at once: no host synchronisation.
+tiles lie is known on the device only, so grids are upper bounds and surplus slots leave at once: nobody waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALL_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile."""
+    """Tiles of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile."""
 
     block_m: int
     block_n: int
@@ -93,9 +93,9 @@ def locate_tile(
 ):
     """`(expert, first row, end of the expert's rows)` of a slot; the slot is empty when first row >= end.
 
-    With few rows (`BY_ROW`) slot s belongs to row s, and holds a tile if that row starts one. Otherwise expert e owns the
-    slots from `offsets[e] // BLOCK_M + e` on: never too few, since floor(b/m) - floor(a/m) + 1 >= ceil((b-a)/m), and
-    monotone, so the expert is a count. Expert E stands for the rows behind the last expert's.
+    With few rows (`BY_ROW`) slot s belongs to row s, and holds a tile if that row starts one. Otherwise expert e owns
+    the slots from `offsets[e] // BLOCK_M + e` on: never too few, since floor(b/m) - floor(a/m) + 1 >= ceil((b-a)/m),
+    and monotone, so the expert is a count. Expert E stands for the rows behind the last expert's.
     """
     e = tl.arange(0, E_POW2)
     ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=2147483647)
@@ -129,7 +129,7 @@ def _grouped_gemm_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts columns of out, of which a gated tile makes BLOCK_N / 2."""
+    """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2."""
     # locate tile: slots of a group are neighbours in time, so that they share a weight tile through the L2
     OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     WIDTH: tl.constexpr = 2 * N if GATED else N
@@ -258,7 +258,7 @@ def _bias_grad_kernel(
     grad_ptr, gather_ptr, weights_ptr, out_ptr, offsets_ptr, stride_grad,
     N: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`out[e] = sum over its rows of (weight ·) grad`; with GATHER the row is the slot's token, the weight the slot's."""
+    """`out[e] = sum over its rows of (weight ·) grad`; with GATHER the row is the slot's token."""
     expert = tl.program_id(1)
     start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -316,10 +316,10 @@ def _gemm_launch(
 
 def gemm(
     x: Tensor, w: Tensor, transposed: bool, expert_offsets: Tensor, problem, *, rows: int, N: int, K: int,
-    gather: Tensor | None = None, top_k: int = 0, bias: Tensor | None = None, activation=None, hidden: Tensor | None = None,
-    zero_tail: bool = False, config: Config | None = None,
+    gather: Tensor | None = None, top_k: int = 0, bias: Tensor | None = None, activation=None,
+    hidden: Tensor | None = None, zero_tail: bool = False, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch `_grouped_gemm_kernel`. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N counts output columns."""
+    """Launch `_grouped_gemm_kernel`. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N as in the kernel."""
     out = x.new_empty((rows, N))
     if rows == 0:
         return out
@@ -384,7 +384,8 @@ def default_config(problem) -> Config:
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
     return gemm(
         unit_rows(rows), w, problem.transposed, expert_offsets, problem, rows=rows.shape[0],
-        N=problem.intermediate_size, K=problem.hidden_size, bias=None if bias is None else bias.contiguous(), zero_tail=True,
+        N=problem.intermediate_size, K=problem.hidden_size, zero_tail=True,
+        bias=None if bias is None else bias.contiguous(),
     )  # fmt: skip
 
 
@@ -392,8 +393,8 @@ def grouped_matmul_backward(grad, rows, w, expert_offsets, bias, problem, needs)
     drows, dw, dbias = (rows.new_empty(0) for _ in range(3))
     grad, rows = unit_rows(grad), unit_rows(rows)
     if needs[0]:
-        drows = gemm(grad, w, not problem.transposed, expert_offsets, problem, rows=grad.shape[0], N=problem.hidden_size,
-                     K=problem.intermediate_size, zero_tail=True)  # fmt: skip
+        drows = gemm(grad, w, not problem.transposed, expert_offsets, problem, rows=grad.shape[0],
+                     N=problem.hidden_size, K=problem.intermediate_size, zero_tail=True)  # fmt: skip
     if needs[1]:
         dw = wgrad(grad, rows, expert_offsets, w, problem.transposed, problem)
     if needs[2]:

@@ -95,7 +95,7 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
 
 @functools.lru_cache(maxsize=4096)
 def _combine_launch(dtype: torch.dtype, weights: torch.dtype | None, T: int, H: int, top_k: int, stride: int) -> Launch:
-    """Kept apart by what the compiled kernel depends on; the constants follow from H, K and whether there are weights."""
+    """Kept apart by all that the compiled kernel depends on, though its constants need less."""
     block = min(_block(H), 1024)
     return Launch(_combine_kernel, (T, -(-H // block), 1), (H, top_k, weights is not None, block))
 

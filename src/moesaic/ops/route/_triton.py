@@ -137,7 +137,7 @@ def _route_backward_kernel(
 # ---------------------------------------------------------------- index tables
 @triton.jit
 def _load_ids(ids_ptr, slots, total, E: tl.constexpr):
-    """Experts of slots as sort keys: what is not an expert (dropped, out of range) becomes E; slots past the end, E + 1."""
+    """Experts of slots as sort keys: what is not an expert (dropped, out of range) is E; slots past the end, E + 1."""
     ids = tl.load(ids_ptr + slots, mask=slots < total, other=0).to(tl.int32)
     ids = tl.where((ids < 0) | (ids >= E), E, ids)
     return tl.where(slots < total, ids, E + 1)
@@ -171,7 +171,7 @@ def _index_kernel(
     ids_ptr, before_ptr, out_ids_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, total,
     E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Stable rows of a block's slots: rows before this expert, plus its slots in earlier blocks, plus earlier slots here."""
+    """Stable rows of a block's slots: earlier experts' slots, its expert's in earlier blocks, and earlier ones here."""
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     slots = block * BLOCK + lane

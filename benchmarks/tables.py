@@ -1,0 +1,119 @@
+"""Draw README.md's tables and its chart from the records under benchmarks/results.
+
+python benchmarks/tables.py           # rewrites what stands between the markers in README.md, and docs/forward.png
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TITLES = {"hf_grouped_mm": "Hugging Face", "vllm": "vLLM", "triton_kernels": "triton_kernels", "moesaic": "moesaic"}
+
+
+def cells(record: dict) -> dict[tuple[str, str, int], dict[str, dict]]:
+    """`(shape, dtype, tokens) -> candidate -> row`, in the order of the record."""
+    out: dict[tuple[str, str, int], dict[str, dict]] = {}
+    for row in record["rows"]:
+        if row.get("why_not") is None:
+            out.setdefault((row["shape"], row["dtype"], row["tokens"]), {})[row["peer"]] = row
+    return out
+
+
+def gpu_table(record: dict) -> str:
+    """Milliseconds of every candidate; ours also against vLLM and with its error."""
+    lines = ["| layer | T | moesaic | vLLM | triton_kernels | Hugging Face | vLLM ÷ moesaic | error: moesaic, vLLM |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (shape, _, tokens), by in cells(record).items():
+        ours, vllm = by["moesaic"], by["vllm"]
+        times = (f"{by[p]['ms']:.3g}" for p in ("moesaic", "vllm", "triton_kernels", "hf_grouped_mm"))
+        figures = f"{vllm['ms'] / ours['ms']:.2f}× | {ours['error']:.1e}, {vllm['error']:.1e}"
+        lines.append(f"| {shape} | {tokens} | {' | '.join(times)} | {figures} |")
+    return "\n".join(lines)
+
+
+def cpu_table(records: list[dict]) -> str:
+    """Ours against Hugging Face's grouped_mm, forward and forward + backward."""
+    merged: dict[tuple, dict[str, float]] = {}
+    for record in records:
+        way = "train" if record["plan"]["train"] else "forward"
+        for key, by in cells(record).items():
+            if "moesaic" in by and "hf_grouped_mm" in by:
+                merged.setdefault(key, {})[way] = by["hf_grouped_mm"]["ms"] / by["moesaic"]["ms"]
+                merged[key][way + " ms"] = by["moesaic"]["ms"]
+    lines = ["| layer | dtype | T | forward, ms | × Hugging Face | forward + backward, ms | × Hugging Face |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (shape, dtype, tokens), f in merged.items():
+        both = (f"{f[w + ' ms']:.3g} | {f[w]:.2f}×" if w in f else "– | –" for w in ("forward", "train"))
+        lines.append(f"| {shape} | {dtype} | {tokens} | {' | '.join(both)} |")
+    return "\n".join(lines)
+
+
+def newest(folder: str, kind: str) -> Path:
+    return sorted((RESULTS / folder).glob(f"*-{kind}.json"))[-1]
+
+
+def load(folder: str, kind: str) -> dict:
+    return json.loads(newest(folder, kind).read_text())
+
+
+def conditions(record: dict) -> str:
+    """The machine and versions of a record, in one line."""
+    machine, versions = record["machine"], record["versions"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    what = ", ".join(f"{n} {versions[n]}" for n in ("torch", "triton", "transformers", "vllm") if versions.get(n))
+    return f"{where}, {record['date'][:10]}, commit {record['commit']}; {what}"
+
+
+def render(readme: str) -> str:
+    """The README with its generated parts made anew."""
+    gpu = load("h200", "forward")
+    parts = {"h200": f"{conditions(gpu)}\n\n{gpu_table(gpu)}"}
+    if list((RESULTS / "epyc").glob("*-forward.json")):
+        cpu = [load("epyc", "forward"), load("epyc", "train")]
+        parts["cpu"] = f"{conditions(cpu[0])}\n\n{cpu_table(cpu)}"
+    for name, text in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        readme = pattern.sub(lambda m, text=text: f"{m.group(1)}{text}\n{m.group(2)}", readme)
+    return readme
+
+
+def chart(path: Path) -> None:
+    """Bars of speed relative to vLLM for each layer and number of tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    record = load("h200", "forward")
+    by = cells(record)
+    shapes = list(dict.fromkeys(k[0] for k in by))
+    colours = {"moesaic": "#d1495b", "vllm": "#8d99ae", "triton_kernels": "#edae49", "hf_grouped_mm": "#2b2d42"}
+    figure, axes = plt.subplots(1, len(shapes), figsize=(13, 3.4), sharey=True, constrained_layout=True)
+    for axis, shape in zip(axes, shapes, strict=True):
+        tokens = [k[2] for k in by if k[0] == shape]
+        for i, (peer, colour) in enumerate(colours.items()):
+            speed = [by[shape, "bf16", t]["vllm"]["ms"] / by[shape, "bf16", t][peer]["ms"] for t in tokens]
+            axis.bar([x + (i - 1.5) * 0.2 for x in range(len(tokens))], speed, 0.19, color=colour, label=TITLES[peer])
+        axis.axhline(1, color="#8d99ae", linewidth=0.8, zorder=0)
+        axis.set_xticks(range(len(tokens)), tokens)
+        axis.set_title(shape, fontsize=11)
+        axis.set_xlabel("tokens")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("speed, vLLM = 1")
+    axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"One MoE layer forward in bf16 on one {record['machine']['gpu']}: higher is faster", fontsize=12)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
+    chart(ROOT / "docs" / "forward.png")
+
+
+if __name__ == "__main__":
+    main()
