@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ _INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
 
 
 @functools.cache
-def _runs_directly() -> bool:
-    """Triton 3.5 and 3.6 take a compiled kernel's run-time arguments straight; others through `compiled[grid]`."""
-    return hardware.triton.__version__.split(".")[:2] in (["3", "5"], ["3", "6"])
+def _direct() -> bool:
+    """Triton 3.6 for CUDA has the C launcher that `_prepare` calls; others go through `compiled[grid]`."""
+    return hardware.triton.__version__.startswith("3.6.") and torch.version.hip is None
 
 
 class Launch:
@@ -44,30 +45,44 @@ class Launch:
         self._compiled: dict[int, Any] = {}
 
     def __call__(self, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...] = ()) -> None:
+        arguments = (*pointers, *numbers, *self.constants)
+        if _INTERPRETING:
+            self.kernel[self.grid](*arguments)
+            return
         address = 0
         for pointer in pointers:
             if pointer is not None:
                 address |= pointer.data_ptr()
-        if _INTERPRETING:
-            self.kernel[self.grid](*pointers, *numbers, *self.constants)
-            return
         device = pointers[0].get_device()  # type: ignore[union-attr]
-        if device != torch.cuda.current_device():
+        if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                self._launch(device, address, (*pointers, *numbers, *self.constants))
+                self._launch(device, address, arguments)
         else:
-            self._launch(device, address, (*pointers, *numbers, *self.constants))
+            self._launch(device, address, arguments)
 
     def _launch(self, device: int, address: int, arguments: tuple) -> None:
+        ready = self._compiled.get(device)
         if address & 15:  # a compiled kernel assumes addresses on 16 bytes
             self.kernel[self.grid](*arguments, **self.options)
-            return
-        compiled = self._compiled.get(device)
-        if compiled is None:
-            self._compiled[device] = self.kernel[self.grid](*arguments, **self.options)
-        elif _runs_directly():
-            x, y, z = self.grid
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        elif ready is None:
+            self._compiled[device] = self._prepare(self.kernel[self.grid](*arguments, **self.options))
         else:
-            compiled[self.grid](*arguments)
+            ready(torch._C._cuda_getCurrentRawStream(device), arguments)
+
+    def _prepare(self, compiled: Any) -> Callable[[int, tuple], None]:
+        """`(stream, arguments) -> None`: the compiled kernel, with all that will not change looked up."""
+        general, launcher = compiled[self.grid], compiled.run
+        scratch = getattr(launcher, "global_scratch_size", 1) or getattr(launcher, "profile_scratch_size", 1)
+        if not _direct() or scratch:
+            return lambda stream, arguments: general(*arguments, stream=stream)
+        c_launch, grid, knobs = launcher.launch, self.grid, hardware.triton.knobs.runtime
+        fixed = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
+                 compiled.packed_metadata, None, None, None)  # fmt: skip
+
+        def run(stream: int, arguments: tuple) -> None:
+            if knobs.launch_enter_hook is not None:  # a profiler wants to be told
+                general(*arguments, stream=stream)
+            else:
+                c_launch(*grid, stream, *fixed, *arguments)
+
+        return run

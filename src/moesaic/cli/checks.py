@@ -105,7 +105,7 @@ def _grads(y: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
 
 def _cotangent(y: Tensor, dtype: torch.dtype) -> Tensor:
     """A gradient to start from, representable in the dtype under test."""
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=FP32).to(dtype)
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=FP32).to(y.device, dtype)
 
 
 # ---------------------------------------------------------------- routing
