@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +18,16 @@ _INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
 
 
 @functools.cache
-def _direct() -> bool:
-    """Triton 3.6 for CUDA has the C launcher that `_prepare` calls; others go through `compiled[grid]`."""
-    return hardware.triton.__version__.startswith("3.6.") and torch.version.hip is None
+def _direct() -> Any:
+    """Triton's knobs where `compiled.run` takes its arguments as `_launch` gives them (3.5 and 3.6), else None."""
+    version = hardware.triton.__version__.split(".")[:2]
+    return hardware.triton.knobs.runtime if version in (["3", "5"], ["3", "6"]) else None
+
+
+def _watched(knobs: Any) -> bool:
+    """Does a profiler hang on the launch hooks? Triton's own call pays for them even when nobody does."""
+    hook = knobs.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
 
 
 class Launch:
@@ -61,28 +67,14 @@ class Launch:
             self._launch(device, address, arguments)
 
     def _launch(self, device: int, address: int, arguments: tuple) -> None:
-        ready = self._compiled.get(device)
+        compiled = self._compiled.get(device)
         if address & 15:  # a compiled kernel assumes addresses on 16 bytes
             self.kernel[self.grid](*arguments, **self.options)
-        elif ready is None:
-            self._compiled[device] = self._prepare(self.kernel[self.grid](*arguments, **self.options))
+        elif compiled is None:
+            self._compiled[device] = self.kernel[self.grid](*arguments, **self.options)
+        elif (knobs := _direct()) is None or _watched(knobs):
+            compiled[self.grid](*arguments)
         else:
-            ready(torch._C._cuda_getCurrentRawStream(device), arguments)
-
-    def _prepare(self, compiled: Any) -> Callable[[int, tuple], None]:
-        """`(stream, arguments) -> None`: the compiled kernel, with all that will not change looked up."""
-        general, launcher = compiled[self.grid], compiled.run
-        scratch = getattr(launcher, "global_scratch_size", 1) or getattr(launcher, "profile_scratch_size", 1)
-        if not _direct() or scratch:
-            return lambda stream, arguments: general(*arguments, stream=stream)
-        c_launch, grid, knobs = launcher.launch, self.grid, hardware.triton.knobs.runtime
-        fixed = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
-                 compiled.packed_metadata, None, None, None)  # fmt: skip
-
-        def run(stream: int, arguments: tuple) -> None:
-            if knobs.launch_enter_hook is not None:  # a profiler wants to be told
-                general(*arguments, stream=stream)
-            else:
-                c_launch(*grid, stream, *fixed, *arguments)
-
-        return run
+            x, y, z = self.grid
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
