@@ -26,8 +26,8 @@ demo: $(READY)
 
 # the kernels run in Triton's interpreter, which is chosen when triton is imported: their suite is a process of its own
 test: $(READY)
-	$(BIN)/python -m pytest tests --ignore=tests/kernels -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/kernels -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

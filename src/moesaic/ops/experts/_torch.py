@@ -58,18 +58,29 @@ def _activate(act, h: Tensor, interleaved: bool) -> Tensor:
 def _combine(rows: Tensor, weights: Tensor | None, row_index: Tensor, out: Tensor, dropped: bool) -> None:
     """`out[t] = sum_k w[t, k] · rows[row_index[t, k]]` in fp32, a block of tokens at a time."""
     T, H = out.shape
-    K = row_index.shape[0] // max(T, 1)
+    if T == 0:
+        return
+    K = row_index.shape[0] // T
     step = max(1, BLOCK_ELEMENTS // max(K * H, 1))
+    if T <= step:
+        _combine_block(rows, weights, row_index, out, dropped)
+        return
     for t in range(0, T, step):
         here = slice(t, min(t + step, T))
         index = row_index[here.start * K : here.stop * K]
-        part = _wide(rows.index_select(0, index.clamp_min(0) if dropped else index))
-        weight = None if weights is None else weights[here].to(part.dtype)
-        if dropped:
-            part = part.masked_fill_((index < 0)[:, None], 0)
-            weight = None if weight is None else weight.masked_fill((index < 0).view(-1, K), 0)
-        part = part.view(-1, K, H)
-        out[here] = part.sum(1) if weight is None else torch.bmm(weight[:, None], part)[:, 0]
+        _combine_block(rows, None if weights is None else weights[here], index, out[here], dropped)
+
+
+def _combine_block(rows: Tensor, weights: Tensor | None, index: Tensor, out: Tensor, dropped: bool) -> None:
+    part = _wide(rows.index_select(0, index.clamp_min(0) if dropped else index))
+    if weights is not None and weights.dtype != part.dtype:
+        weights = weights.to(part.dtype)
+    if dropped:
+        dead = index < 0
+        part.masked_fill_(dead[:, None], 0)
+        weights = None if weights is None else weights.masked_fill(dead.view(weights.shape), 0)
+    part = part.view(out.shape[0], -1, out.shape[1])
+    out.copy_(part.sum(1) if weights is None else torch.bmm(weights[:, None], part)[:, 0])
 
 
 def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem):
@@ -83,7 +94,7 @@ def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, r
     tokens, product = row_order // problem.top_k, Products(x)
     for rows, experts, sizes in chunks:
         kept = None if hidden is None else hidden[rows]
-        h = product(x.index_select(0, tokens[rows]), ups, experts, sizes, b_gate_up, kept)
+        h = product(x.index_select(0, tokens if whole else tokens[rows]), ups, experts, sizes, b_gate_up, kept)
         a = _activate(act, h, problem.interleaved)
         ys = product(a, downs, experts, sizes, b_down, None if whole else y[rows])
         if whole:
