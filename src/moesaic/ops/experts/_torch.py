@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...activations import apply, apply_backward
-from ..grouped_matmul._torch import Products, bias_grad, empty_gradients, live_experts, wgrad
+from ..grouped_matmul._torch import Products, bias_grad, live_experts, wgrad, zero_gradients
 
 # Elements of a chunk's widest intermediate: it stays in the L3 between the two products.
 CHUNK_ELEMENTS = 1 << 20
@@ -128,8 +128,7 @@ def fused_experts_backward(
     """
     need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
     inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-    live_ones, _ = live_experts(expert_offsets)
-    dx, dup, ddown, dweights, dbup, dbdown = empty_gradients(inputs, needs, live_ones)
+    dx, dup, ddown, dweights, dbup, dbdown = zero_gradients(inputs, needs)
     ups, downs = (w_gate_up.mT, w_down.mT) if problem.transposed else (w_gate_up, w_down)
     R, tokens, product, live = row_order.shape[0], row_order // problem.top_k, Products(x), 0
     dxs = x.new_empty((R, x.shape[1]) if need_x else (0,))

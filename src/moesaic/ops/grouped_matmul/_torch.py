@@ -114,24 +114,17 @@ def bias_grad(grad: Tensor, out: Tensor, experts: Sequence[int], sizes: Sequence
         out[e] = part.sum(0)
 
 
-def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool], experts: Sequence[int]) -> list[Tensor]:
-    """Memory for the gradients that are needed, else empty tensors.
+def zero_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Zeros for the gradients that are needed (dropped rows and experts without rows keep them), else empty tensors.
 
-    Zeros, but for the stacks of matrices: those are as large as the model, so only experts not in `experts`, which
-    nothing will write, are zeroed.
+    Zeroing what products will write is not waste: it brings the pages in, which is slower from inside a product (OLMoE in
+    fp32, 8 tokens, EPYC Zen 4, 2026-11-22: 0.72 s forward and backward, 1.18 s from empty memory).
     """
-    out, like = [], next(t for t in inputs if t is not None)
-    for t, need in zip(inputs, needs, strict=True):
-        if not need or t is None:
-            out.append(like.new_empty(0))
-        elif t.dim() < 3:
-            out.append(torch.zeros(t.shape, dtype=t.dtype, device=t.device))
-        else:
-            stack = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for e in set(range(t.shape[0])).difference(experts):
-                stack[e].zero_()
-            out.append(stack)
-    return out
+    like = next(t for t in inputs if t is not None)
+    return [
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else like.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    ]
 
 
 def live_experts(expert_offsets: Tensor) -> tuple[list[int], list[int]]:
@@ -155,7 +148,7 @@ def grouped_matmul_backward(
 ):
     experts, sizes = live_experts(expert_offsets)
     live = sum(sizes)
-    drows, dw, dbias = empty_gradients((rows, w, bias), needs, experts)
+    drows, dw, dbias = zero_gradients((rows, w, bias), needs)
     if needs[0]:
         Products(rows)(grad[:live], w.mT if problem.transposed else w, experts, sizes, out=drows[:live])
     if needs[1]:
