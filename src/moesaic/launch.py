@@ -17,9 +17,23 @@ from . import hardware
 _INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
 
 
+def pow2(n: int) -> int:
+    """The smallest power of two that is not below n; 1 for n = 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x with unit stride along its last dimension, copied only if it has not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
 @functools.cache
-def _direct() -> Any:
-    """Triton's knobs where `compiled.run` takes its arguments as `_launch` gives them (3.5 and 3.6), else None."""
+def _knobs() -> Any:
+    """Triton's knobs where `_entry` knows how a compiled kernel is entered (3.5 and 3.6), else None."""
     version = hardware.triton.__version__.split(".")[:2]
     return hardware.triton.knobs.runtime if version in (["3", "5"], ["3", "6"]) else None
 
@@ -28,6 +42,19 @@ def _watched(knobs: Any) -> bool:
     """Does a profiler hang on the launch hooks? Triton's own call pays for them even when nobody does."""
     hook = knobs.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
+
+
+def _entry(compiled: Any) -> tuple[Any, tuple]:
+    """`(call, middle)` such that `call(x, y, z, stream, *middle, *arguments)` launches a compiled kernel.
+
+    On NVIDIA with Triton 3.6 and no scratch memory that is the generated C function itself.
+    """
+    run, hooks = compiled.run, (None, None, None)
+    if hardware.triton.__version__.startswith("3.6.") and hasattr(run, "launch_pdl"):
+        if run.global_scratch_size == run.profile_scratch_size == 0:
+            flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+            return run.launch, (compiled.function, *flags, compiled.packed_metadata, *hooks)
+    return run, (compiled.function, compiled.packed_metadata, *hooks)
 
 
 class Launch:
@@ -41,40 +68,38 @@ class Launch:
     change must be in its `do_not_specialize` and below 2^31.
     """
 
-    __slots__ = ("_compiled", "constants", "grid", "kernel", "options")
+    __slots__ = ("_entries", "constants", "grid", "kernel", "options")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, int, int], constants: tuple, num_warps: int = 4, num_stages: int = 3
     ):
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
-        self._compiled: dict[int, Any] = {}
+        self._entries: dict[int, tuple[Any, Any, tuple]] = {}
 
     def __call__(self, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...] = ()) -> None:
-        arguments = (*pointers, *numbers, *self.constants)
         if _INTERPRETING:
-            self.kernel[self.grid](*arguments)
+            self.kernel[self.grid](*pointers, *numbers, *self.constants)
             return
-        address = 0
-        for pointer in pointers:
-            if pointer is not None:
-                address |= pointer.data_ptr()
         device = pointers[0].get_device()  # type: ignore[union-attr]
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                self._launch(device, address, arguments)
+                self._launch(device, pointers, numbers)
         else:
-            self._launch(device, address, arguments)
+            self._launch(device, pointers, numbers)
 
-    def _launch(self, device: int, address: int, arguments: tuple) -> None:
-        compiled = self._compiled.get(device)
-        if address & 15:  # a compiled kernel assumes addresses on 16 bytes
-            self.kernel[self.grid](*arguments, **self.options)
-        elif compiled is None:
-            self._compiled[device] = self.kernel[self.grid](*arguments, **self.options)
-        elif (knobs := _direct()) is None or _watched(knobs):
-            compiled[self.grid](*arguments)
+    def _launch(self, device: int, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+        entry = self._entries.get(device)
+        # plain addresses spare the C side a method call and a driver's question each
+        addresses = [None if p is None else p.data_ptr() for p in pointers]
+        aligned = not any(a & 15 for a in addresses if a is not None)  # which a compiled kernel relies on
+        if entry is None or not aligned:
+            compiled = self.kernel[self.grid](*pointers, *numbers, *self.constants, **self.options)
+            if aligned:
+                self._entries[device] = (compiled, *_entry(compiled))
+        elif (knobs := _knobs()) is None or _watched(knobs):
+            entry[0][self.grid](*pointers, *numbers, *self.constants)
         else:
-            x, y, z = self.grid
+            _, call, middle = entry
             stream = torch._C._cuda_getCurrentRawStream(device)
-            compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+            call(*self.grid, stream, *middle, *addresses, *numbers, *self.constants)

@@ -11,7 +11,8 @@ Worked example, E = 3, ids = [[2, 0], [2, 1], [0, -1]]:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,18 @@ class Routing:
         row_order: `(T·K,)` int32, row -> slot; a permutation, dropped slots at the end.
         row_index: `(T·K,)` int32, slot -> row; -1 for a dropped slot.
         logits: `(T, E)` the router's logits, kept for the losses when the router made them.
+
+    What a router adds when its configuration or the losses ask for it:
+        config: the `RouterConfig`.
+        capacity: slots that each expert could keep; those beyond it are -1 in `topk_ids`.
+        probability_sums: `(S, E)`, sums of the tokens' probabilities in each of S sequences; differentiable.
+        logsumexp_squares: `(S,)`, sums of `logsumexp(logits)²`; differentiable.
+        choices: `(S, E)` int32, how often each expert was chosen, before any drop.
+        load: `(E,)`, noisy top-k's smooth count of tokens; differentiable.
+        shared_weights: `(T, n)`, weights of shared experts that take part in the router's normalisation.
+        identity_weight: `(T,)`, sum of the weights of the chosen identity experts.
+        constant_weights: `(T, n)`, weight of each constant expert.
+        padded: rows of every expert where all have the same number, padding included (see `to_capacity`), else None.
     """
 
     topk_weights: Tensor | None
@@ -40,6 +53,16 @@ class Routing:
     row_order: Tensor
     row_index: Tensor
     logits: Tensor | None = None
+    config: Any = None
+    capacity: int | None = None
+    probability_sums: Tensor | None = None
+    logsumexp_squares: Tensor | None = None
+    choices: Tensor | None = None
+    load: Tensor | None = None
+    shared_weights: Tensor | None = None
+    identity_weight: Tensor | None = None
+    constant_weights: Tensor | None = None
+    padded: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +75,42 @@ class Routing:
     @property
     def num_experts(self) -> int:
         return self.tokens_per_expert.shape[0]
+
+    def to_capacity(self, capacity: int | None = None) -> Routing:
+        """The same routing with `capacity` rows for every expert, so that `permute` gives a padded `(E·C, H)`.
+
+        Row `e·C + c` holds the c-th slot of expert e, or zeros; slots beyond C get no row. Then `row_order` has E·C
+        entries with -1 for padding, and `expert_offsets` are the multiples of C. `permute`, `grouped_matmul` and
+        `unpermute` read it like any routing; `fused_experts` takes packed rows only. No host synchronisation.
+
+        Args:
+            capacity: C; by default the router's.
+        """
+        C = self.capacity if capacity is None else capacity
+        if C is None or C < 0:
+            raise ValueError(
+                f"Routing.to_capacity: capacity must be given where the router had no capacity factor, got {capacity}."
+            )
+        if self.padded is not None:
+            raise ValueError(f"Routing.to_capacity: the routing must be packed, got one padded to {self.padded} rows.")
+        E, device = self.num_experts, self.row_order.device
+        place = torch.arange(C, dtype=torch.int32, device=device)
+        kept = self.tokens_per_expert.clamp_max(C)
+        rows = self.expert_offsets[:-1, None] + place
+        if self.row_order.numel():
+            order = self.row_order[rows.clamp_max(self.row_order.numel() - 1)]
+        else:
+            order = torch.zeros_like(rows)
+        order = order.masked_fill(place >= kept[:, None], -1)
+        expert = self.topk_ids.reshape(-1)
+        at = self.row_index - self.expert_offsets[expert.clamp_min(0)]
+        dead = (expert < 0) | (at >= C)
+        index = (expert * C + at).masked_fill(dead, -1)
+        return replace(
+            self, topk_ids=expert.masked_fill(dead, -1).view(self.topk_ids.shape), tokens_per_expert=kept,
+            expert_offsets=torch.arange(E + 1, dtype=torch.int32, device=device) * C, row_order=order.reshape(-1),
+            row_index=index, capacity=C, padded=C,
+        )  # fmt: skip
 
     @classmethod
     def from_topk(

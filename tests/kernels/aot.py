@@ -19,9 +19,11 @@ from triton.compiler import ASTSource
 
 from moesaic.activations import ACTIVATIONS
 from moesaic.cases import CASES
+from moesaic.launch import Launch, pow2
 from moesaic.ops.experts import _triton as experts
 from moesaic.ops.grouped_matmul import _triton as products
 from moesaic.ops.permute import _triton as permute
+from moesaic.ops.route import RouterConfig
 from moesaic.ops.route import _triton as route
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -86,7 +88,7 @@ def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgra
              "stride_xm": "i32", "stride_we": "i32", "R": "i32", "num_slots": "i32"}  # fmt: skip
     constants = {
         "gather_ptr": None, "bias_ptr": None, "hidden_ptr": None, "N": N, "K": K, "E": case.num_experts,
-        "E_POW2": products.pow2(case.num_experts), "GATHER": 0, "ACTIVATION": products.identity, "GATED": False,
+        "E_POW2": pow2(case.num_experts), "GATHER": 0, "ACTIVATION": products.identity, "GATED": False,
         "INTERLEAVED": case.layout == "interleaved", "ALPHA": act.alpha, "LIMIT": act.limit, "HAS_BIAS": case.bias,
         "SAVE_HIDDEN": training and up, "ZERO_TAIL": False, "BY_ROW": rows <= 16, "PRECISION": "ieee",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
@@ -131,18 +133,51 @@ def small_kernels(case, dtype=torch.bfloat16):
         "stride_rows": "i32"}, {"H": H, "TOP_K": K, "WEIGHTED": True, "BLOCK": 1024}  # fmt: skip
     yield "activation backward", experts._activation_backward_kernel, {"da_ptr": p, "hidden_ptr": p, "weights_ptr": f,
         "grad_ptr": p, "row_order_ptr": i, "offsets_ptr": i, "dh_ptr": p, "scaled_ptr": p, "dweights_ptr": f,
-        "stride_grad": "i32"}, {"b_down_ptr": None, "H": H, "I": I, "E": E, "E_POW2": products.pow2(E), "TOP_K": K,
+        "stride_grad": "i32"}, {"b_down_ptr": None, "H": H, "I": I, "E": E, "E_POW2": pow2(E), "TOP_K": K,
         "FORWARD": forward, "BACKWARD": backward, "GATED": act.gated, "INTERLEAVED": False, "ALPHA": act.alpha,
         "LIMIT": act.limit, "WEIGHTED": True, "HAS_BIAS": False, "BLOCK": 1024}  # fmt: skip
-    yield "route", route._route_kernel, {"logits_ptr": f, "bias_ptr": f, "weights_ptr": f, "ids_ptr": i,
-        "stride_t": "i32"}, {
-        "E": E, "E_POW2": products.pow2(E), "K": K, "K_POW2": products.pow2(K), "SIGMOID": True, "POST": False,
-        "RENORM": True, "EPS": 1e-20, "SCALE": 2.5, "HAS_BIAS": True, "GROUPS": 8, "KEPT": 4, "TOP2": True,
-        "MASK_VALUE": float("-inf")}  # fmt: skip
-    yield "index", route._index_kernel, {n: i for n in (
-        "ids_ptr", "before_ptr", "out_ids_ptr", "tokens_ptr", "offsets_ptr",
-        "order_ptr", "index_ptr")} | {"total": "i32"}, {"E": E, "E_POW2": products.pow2(E + 2), "BLOCK": route.BLOCK,
-        "SINGLE": False}  # fmt: skip
+
+
+def of_launch(launch: Launch, types: dict[str, str]):
+    """Compile arguments of a launch; `types` names those of its pointers that are not None, and its numbers."""
+    names, constants = launch.kernel.arg_names, launch.constants
+    given = dict(zip(names[-len(constants) :], constants, strict=True))
+    missing = [n for n in names[: -len(constants)] if n not in types]
+    return launch.kernel, types, given | dict.fromkeys(missing), launch.options["num_warps"], 2
+
+
+def router_kernels():
+    """One token, one range, many ranges; plain, grouped, ragged, given ids, statistics; the backward."""
+    deepseek = RouterConfig(8, "sigmoid", norm_eps=1e-20, scale=2.5, num_groups=8, topk_groups=4)
+    configs = {
+        "softmax": (RouterConfig(8), 128), "grouped sigmoid": (deepseek, 256), "wide": (RouterConfig(16), 896),
+        "top-p": (RouterConfig(8, policy="top_p", threshold=0.8), 60),
+        "sqrt_softplus": (RouterConfig(6, "sqrt_softplus", norm_eps=1e-20, soft_cap=30.0), 256),
+    }  # fmt: skip
+    f, i, n = "*fp32", "*i32", "i32"
+    ends = {"tokens_ptr": i, "offsets_ptr": i, "order_ptr": i, "index_ptr": i}
+    middle = {"places_ptr": i, "counts_ptr": i}
+    for name, (config, E) in configs.items():
+        for T, statistics, given in ((1, False, False), (64, False, False), (32768, False, False), (4096, True, True)):
+            dtypes = (torch.float32, torch.float32, torch.int32 if given else None)
+            launch, cut = route._route_launch(dtypes, T, E, E, config.top_k, E, 1, statistics, config)
+            types = {"logits_ptr": f, "bias_ptr": f, "weights_ptr": f, "ids_ptr": i, **ends, "stride_t": n,
+                     "per_sequence": n, "ranges": n, "per_range": n}  # fmt: skip
+            types |= {"given_ptr": i} if given else {}
+            types |= {"sums_ptr": f, "squares_ptr": f} if statistics else {}
+            types |= {} if cut.single else middle
+            yield f"route {name}, T = {T}{', statistics, given ids' * given}", of_launch(launch, types)
+        types = {"grad_ptr": f, "logits_ptr": f, "ids_ptr": i, "out_ptr": f, "stride_t": n, "T": n, "per_sequence": n}
+        for statistics in (False, True):
+            more = {"grad_sums_ptr": f, "grad_squares_ptr": f} if statistics else {}
+            launch = route._backward_launch(torch.float32, 4096, E, config.top_k, E, statistics, config)
+            yield f"route backward {name}{', statistics' * statistics}", of_launch(launch, types | more)
+    for T in (8, 32768):
+        launch, cut = route._count_launch(torch.int32, T, 256, 8)
+        types = {"given_ptr": i, "ids_ptr": i, **ends, "T": n, "per_range": n} | ({} if cut.single else middle)
+        yield f"count, T = {T}", of_launch(launch, types)
+    types = {"ids_ptr": i, **middle, **ends, "per_sequence": n, "ranges": n, "per_range": n, "programs": n}
+    yield "index", of_launch(route._index_launch(256, 256, 8, 128, 2048), types)
 
 
 def jobs(arch: str):
@@ -160,7 +195,9 @@ def jobs(arch: str):
     yield "wgrad", True, wgrad(arch, qwen)
     yield "wgrad, fp32", False, wgrad(arch, qwen, torch.float32)
     for name, kernel, types, constants in small_kernels(CASES["deepseek-v3"]):
-        yield name, False, (kernel, types, constants, {"route": 1, "index": 8}.get(name, 4), 2)
+        yield name, False, (kernel, types, constants, 4, 2)
+    for name, arguments in router_kernels():
+        yield name, False, arguments
 
 
 def main() -> None:

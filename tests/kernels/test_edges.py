@@ -253,8 +253,9 @@ def test_opcheck_of_backward_operators(needed, implementation, device):
         ops.grouped_matmul_backward: (hidden, rows, inputs.w_gate_up, r.expert_offsets, inputs.b_gate_up, False, False,
                                       [needed] * 3),
         ops.unpermute_backward: (inputs.x, rows, r.topk_weights, *tables, 2),
-        ops.route_backward: (torch.randn(6, 2, device=device), torch.randn(6, 5, device=device), r.topk_ids,
-                             *RouterConfig(2).fields()),
+        ops.route_backward: (torch.randn(6, 2, device=device), torch.randn(2, 5, device=device),
+                             torch.randn(2, device=device), torch.randn(6, 5, device=device), r.topk_ids,
+                             *RouterConfig(2).core(), needed),
     }  # fmt: skip
     for op, args in calls.items():
         torch.library.opcheck(op, (*args, implementation))

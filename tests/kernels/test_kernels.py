@@ -301,7 +301,7 @@ def op_calls(device, implementation):
     args, _ = leaves(inputs)
     layer = [args[k] for k in ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")]
     options = ("swiglu_oai", 1.702, 7.0, True, True, False)
-    config = RouterConfig(2).fields()
+    config = RouterConfig(2).core()
     yield ops.fused_experts, (*layer, *tables, *options, True, implementation)
     hidden = torch.randn(10, 16, device=device)
     plain = [t.detach() for t in layer]
@@ -309,7 +309,8 @@ def op_calls(device, implementation):
         ops.fused_experts_backward,
         (leaf(5, 17).detach(), hidden, *plain, *tables, *options, [True] * 6, implementation),
     )
-    yield ops.route, (leaf(5, 6), None, *config, implementation)
+    yield ops.route, (leaf(5, 6), None, None, *config, 6, 1, False, implementation)
+    yield ops.route, (leaf(6, 6), None, r.topk_ids.new_tensor([[0, 1]] * 6), *config, 5, 2, True, implementation)
     yield ops.expert_index, (r.topk_ids, 3, implementation)
     yield ops.permute, (leaf(5, 7), *tables, 2, implementation)
     yield ops.unpermute, (leaf(10, 7), leaf(5, 2), *tables, 2, implementation)

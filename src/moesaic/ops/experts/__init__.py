@@ -76,6 +76,11 @@ def fused_experts(
     check_choice(who, "layout", layout, LAYOUTS)
     check_choice(who, "reduce", reduce, ("weighted_sum", "sum"))
     weights = _weights(who, weights, reduce, routing)
+    if routing.padded is not None:
+        raise ValueError(
+            f"{who}: routing must be packed, got one padded to {routing.padded} rows an expert; use the routing that "
+            "to_capacity was called on."
+        )
     x, w_gate_up, w_down, b_gate_up, b_down = autocast(x, w_gate_up, w_down, b_gate_up, b_down)
     _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed)
     tensors = (x, w_gate_up, w_down, weights, b_gate_up, b_down)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
-from ...launch import Launch
+from ...launch import Launch, pow2, unit_rows
 from ..grouped_matmul import _triton as products
 from ..permute._triton import unpermute
 
@@ -38,7 +38,7 @@ def fused_experts(
 ):  # fmt: skip
     H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
     up, down = config or (None, None)
-    x, b_gate_up, b_down = products.unit_rows(x), _packed(b_gate_up), _packed(b_down)
+    x, b_gate_up, b_down = unit_rows(x), _packed(b_gate_up), _packed(b_down)
     hidden = x.new_empty((R, act.width(I))) if problem.training else None
     a = products.gemm(
         x, w_gate_up, problem.transposed, expert_offsets, problem, rows=R, N=I, K=H, gather=row_order, top_k=K,
@@ -135,7 +135,7 @@ def fused_experts_backward(
     if R == 0:
         inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
         return tuple(torch.zeros_like(t) if need else o for t, need, o in zip(inputs, needs, out, strict=True))
-    grad, x, weights, b_down = products.unit_rows(grad), products.unit_rows(x), _packed(weights), _packed(b_down)
+    grad, x, weights, b_down = unit_rows(grad), unit_rows(x), _packed(weights), _packed(b_down)
     if need_x or need_up or need_bup or need_weights or need_down:
         da = products.gemm(grad, w_down, not problem.transposed, expert_offsets, problem, rows=R, N=I, K=H,
                            gather=row_order, top_k=K)  # fmt: skip
@@ -169,9 +169,9 @@ def _activation_backward(da, hidden, weights, grad, b_down, row_order, expert_of
     dweights = da.new_empty(0) if weights is None else torch.empty_like(weights)
     forward, backward = act.device
     E = expert_offsets.shape[0] - 1
-    block = min(1024, max(16, products.pow2(I)))
+    block = min(1024, max(16, pow2(I)))
     constants = (
-        problem.hidden_size, I, E, products.pow2(E), problem.top_k, forward, backward, act.gated, problem.interleaved,
+        problem.hidden_size, I, E, pow2(E), problem.top_k, forward, backward, act.gated, problem.interleaved,
         act.alpha, act.limit, weights is not None, b_down is not None, block,
     )  # fmt: skip
     pointers = (da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
-from ...launch import Launch
+from ...launch import Launch, ceil_div, pow2, unit_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -279,14 +279,6 @@ def _bias_grad_kernel(
 
 
 # ---------------------------------------------------------------- launches
-def pow2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
 
@@ -368,11 +360,6 @@ def bias_grad(
     launch = Launch(_bias_grad_kernel, (ceil_div(N, block_n), E, 1), constants)
     launch((grad, gather, weights, out, expert_offsets), (grad.stride(0),))
     return out
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x with unit stride along its rows, copied only if it has not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def default_config(problem) -> Config:

@@ -27,7 +27,8 @@ def permute(x: Tensor, routing: Routing, *, implementation: str | None = None) -
         routing: who goes where.
 
     Returns:
-        `(T·K, H)` rows sorted by expert; rows past `expert_offsets[-1]` (dropped slots) are zero.
+        `(T·K, H)` rows sorted by expert; rows past `expert_offsets[-1]` (dropped slots) are zero. With a routing padded
+        by `Routing.to_capacity(C)`, `(E·C, H)`: `.view(E, C, H)` is a batch of experts, zeros behind their rows.
 
     Raises:
         ValueError: x does not have one row for each token, or is on another device.
@@ -47,7 +48,7 @@ def unpermute(
     """Add a token's rows back together: `y[t] = sum_k w[t, k] · rows[row_index[t·K + k]]`.
 
     Args:
-        rows: `(T·K, H)` sorted by expert.
+        rows: `(T·K, H)` sorted by expert; `(E·C, H)` with a padded routing.
         routing: who goes where.
         weights: True takes `routing.topk_weights`, a `(T, K)` tensor takes that, False adds without weights.
 
@@ -61,7 +62,7 @@ def unpermute(
     Differentiable in rows and weights. Deterministic (it gathers; no atomics). No host synchronisation.
     """
     who = "unpermute"
-    _check(who, "rows", rows, routing, (routing.num_tokens * routing.top_k, "H"))
+    _check(who, "rows", rows, routing, (routing.row_order.shape[0], "H"))
     if weights is True:
         if routing.topk_weights is None:
             raise ValueError(
@@ -116,7 +117,7 @@ define(
 )  # fmt: skip
 define(
     f"unpermute(Tensor rows, Tensor? weights, {_TABLES}) -> Tensor", _unpermute,
-    lambda rows, w, order, index, offsets, top_k, _: rows.new_empty(order.shape[0] // top_k, rows.shape[1]),
+    lambda rows, w, order, index, offsets, top_k, _: rows.new_empty(index.shape[0] // top_k, rows.shape[1]),
 )  # fmt: skip
 define(
     f"unpermute_backward(Tensor grad, Tensor rows, Tensor weights, {_TABLES}) -> (Tensor, Tensor)", _unpermute_backward,

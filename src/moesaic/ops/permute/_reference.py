@@ -13,7 +13,8 @@ def why_not(problem) -> str | None:
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
     rows = torch.zeros(row_order.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
     for r in range(int(expert_offsets[-1])):
-        rows[r] = x[int(row_order[r]) // top_k]
+        if row_order[r] >= 0:
+            rows[r] = x[int(row_order[r]) // top_k]
     return rows
 
 
@@ -41,6 +42,8 @@ def unpermute_backward(
     drows, dweights = torch.zeros_like(rows), torch.zeros_like(weights)
     for r in range(int(expert_offsets[-1])):
         slot = int(row_order[r])
+        if slot < 0:
+            continue
         t, k = divmod(slot, top_k)
         drows[r] = (weights[t, k].double() * grad[t].double()).to(rows.dtype)
         dweights[t, k] = (grad[t].double() * rows[r].double()).sum().to(weights.dtype)

@@ -15,13 +15,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _live(row_order: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(T·K, 1) True for rows that hold a token."""
+    """(R, 1) True for rows that hold a token."""
     rows = torch.arange(row_order.shape[0], dtype=torch.int32, device=row_order.device)
-    return (rows < expert_offsets[-1])[:, None]
+    return ((rows < expert_offsets[-1]) & (row_order >= 0))[:, None]
 
 
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
-    rows = x.index_select(0, row_order // top_k)
+    rows = x.index_select(0, row_order.clamp_min(0) // top_k)
     return rows.masked_fill_(~_live(row_order, expert_offsets), 0)
 
 
@@ -48,9 +48,10 @@ def unpermute_backward(
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(rows)
     dead = ~_live(row_order, expert_offsets)
-    g = grad.index_select(0, row_order // top_k).to(wide)
-    drows = g * weights.reshape(-1).index_select(0, row_order)[:, None].to(wide)
+    slots = row_order.clamp_min(0)
+    g = grad.index_select(0, slots // top_k).to(wide)
+    drows = g * weights.reshape(-1).index_select(0, slots)[:, None].to(wide)
     dots = (g * rows.to(wide)).sum(-1).masked_fill_(dead[:, 0], 0)
-    dweights = torch.empty_like(dots)
-    dweights[row_order.long()] = dots
+    # a slot has one row at most, so that adding zeros elsewhere leaves no order to chance
+    dweights = dots.new_zeros(weights.numel()).index_add_(0, slots, dots)
     return drows.masked_fill_(dead, 0).to(rows.dtype), dweights.view(weights.shape).to(weights.dtype)

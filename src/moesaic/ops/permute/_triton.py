@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
-from ...launch import Launch
+from ...launch import Launch, unit_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,11 +23,12 @@ def why_not(problem) -> str | None:
 def _permute_kernel(
     x_ptr, row_order_ptr, live_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`out[r] = x[row_order[r] // TOP_K]`, zero for rows past the live ones."""
+    """`out[r] = x[row_order[r] // TOP_K]`, zero for rows past the live ones and for padding."""
     row = tl.program_id(0)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(row_order_ptr + row) // TOP_K
-    mask = (offs < H) & (row < tl.load(live_ptr))
+    slot = tl.load(row_order_ptr + row)
+    token = slot // TOP_K
+    mask = (offs < H) & (row < tl.load(live_ptr)) & (slot >= 0)
     x = tl.load(x_ptr + token.to(tl.int64) * stride_x + offs, mask=mask, other=0.0)
     tl.store(out_ptr + row.to(tl.int64) * H + offs, x, mask=offs < H)
 
@@ -59,7 +60,7 @@ def _combine_backward_kernel(
     """`drows[r] = w[slot] · grad[token]`, `dw[slot] = <grad[token], rows[r]>`; zeros for dropped slots."""
     row = tl.program_id(0)
     slot = tl.load(row_order_ptr + row)
-    live = row < tl.load(live_ptr)
+    live = (row < tl.load(live_ptr)) & (slot >= 0)
     weight = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)
     grad_ptr += (slot // TOP_K).to(tl.int64) * stride_grad
     rows_ptr += row.to(tl.int64) * stride_rows
@@ -71,7 +72,7 @@ def _combine_backward_kernel(
         dot += g * tl.load(rows_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         drow = (weight * g).to(drows_ptr.dtype.element_ty)
         tl.store(drows_ptr + row.to(tl.int64) * H + offs, drow, mask=offs < H)
-    tl.store(dweights_ptr + slot, tl.sum(dot, 0).to(dweights_ptr.dtype.element_ty))
+    tl.store(dweights_ptr + slot, tl.sum(dot, 0).to(dweights_ptr.dtype.element_ty), mask=slot >= 0)
 
 
 def _block(H: int) -> int:
@@ -79,12 +80,8 @@ def _block(H: int) -> int:
     return min(2048, max(16, triton.next_power_of_2(H)))
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
-    R, H, x = row_order.shape[0], x.shape[1], _unit_rows(x)
+    R, H, x = row_order.shape[0], x.shape[1], unit_rows(x)
     out = torch.empty(R, H, dtype=x.dtype, device=x.device)
     if out.numel():
         block = _block(H)
@@ -101,7 +98,7 @@ def _combine_launch(dtype: torch.dtype, weights: torch.dtype | None, T: int, H: 
 
 
 def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
-    T, H, rows = row_index.shape[0] // top_k, rows.shape[1], _unit_rows(rows)
+    T, H, rows = row_index.shape[0] // top_k, rows.shape[1], unit_rows(rows)
     out = rows.new_empty((T, H))
     if out.numel():
         weights = None if weights is None else weights.contiguous()
@@ -112,9 +109,10 @@ def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: in
 
 
 def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets, top_k):
-    grad, rows = _unit_rows(grad), _unit_rows(rows)
+    grad, rows = unit_rows(grad), unit_rows(rows)
     drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    dweights = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    packed = row_order.shape[0] == weights.numel()  # otherwise slots beyond the capacity have no row
+    dweights = (torch.empty if packed else torch.zeros)(weights.shape, dtype=weights.dtype, device=weights.device)
     R, H = rows.shape
     if R:
         launch = Launch(_combine_backward_kernel, (R, 1, 1), (H, top_k, _block(H)))

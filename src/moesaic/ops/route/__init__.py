@@ -1,90 +1,28 @@
 """route: router logits -> Routing. Which experts, with what weights, and where each token's rows go.
 
-Legend: T tokens, E experts, K choices, G groups of experts.
+Legend: T tokens, E experts, K choices, S sequences.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...errors import check_choice, check_shape
+from ...errors import check_shape
 from ...hardware import arch_of
 from ...op import Op, define, differentiable, forced
 from ...problem import Problem
 from ...routing import Routing
+from . import _torch, capacity, policies
+from .config import CORE, RouterConfig
 from .losses import load_balancing_loss, z_loss
+from .policies import Generator
 
 __all__ = ["RouterConfig", "load_balancing_loss", "route", "z_loss"]
 
 OP = Op("route", __name__, ("triton", "torch", "reference"))
-
-SCORES = ("softmax", "sigmoid")
-ORDERS = ("pre", "pre_renorm", "post")
-GROUP_SCORES = ("max", "top2_sum")
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """What a router does with its logits. Every difference between real models' routers is a field here.
-
-    With `s = score(logits)` in fp32 (softmax over E, or elementwise sigmoid) and `c = s + bias`:
-
-    - `order="pre"`: choose the K largest c, weight `w_k = s[id_k]`.
-    - `order="pre_renorm"`: the same, then `w_k / (sum_k w_k + norm_eps)`.
-    - `order="post"`: choose the K largest `logits + bias`, then score the chosen logits (softmax over K).
-
-    Then `w *= scale`. The bias takes part in the choice alone (DeepSeek-V3's aux-loss-free balancing). With
-    `num_groups > 1` experts form G equal consecutive groups, scored by their best c (`"max"`) or their two best
-    (`"top2_sum"`); all but the `topk_groups` best groups are masked with `group_mask_value` before the choice.
-    Ties go to the lowest expert, NaN ranks below every number.
-
-    Sources: softmax `pre_renorm` Mixtral, Qwen3-MoE; `post` GPT-OSS, Granite; sigmoid + bias + groups DeepSeek-V3.
-    """
-
-    top_k: int
-    score: str = "softmax"
-    order: str = "pre_renorm"
-    norm_eps: float = 0.0
-    scale: float = 1.0
-    num_groups: int = 1
-    topk_groups: int = 1
-    group_score: str = "top2_sum"
-    group_mask_value: float = float("-inf")
-
-    def check(self, num_experts: int, who: str = "route") -> None:
-        """Raise `ValueError` unless this configuration fits `num_experts`."""
-        check_choice(who, "score", self.score, SCORES)
-        check_choice(who, "order", self.order, ORDERS)
-        check_choice(who, "group_score", self.group_score, GROUP_SCORES)
-        groups = self.num_groups
-        if groups < 1 or num_experts % groups:
-            raise ValueError(
-                f"{who}: num_groups must divide the number of experts E={num_experts}, got {groups}; use a divisor."
-            )
-        if not 1 <= self.topk_groups <= groups:
-            raise ValueError(
-                f"{who}: topk_groups must be between 1 and num_groups={groups}, got {self.topk_groups}; lower it."
-            )
-        reach = num_experts // groups * (self.topk_groups if groups > 1 else 1)
-        if not 1 <= self.top_k <= reach:
-            raise ValueError(
-                f"{who}: top_k must be between 1 and the {reach} experts that can be chosen, got {self.top_k}."
-            )
-        if groups > 1 and self.group_score == "top2_sum" and num_experts // groups < 2:
-            raise ValueError(f"{who}: group_score='top2_sum' needs groups of at least 2 experts, got 1; use 'max'.")
-        if self.order == "post" and groups > 1:
-            raise ValueError(
-                f"{who}: order='post' has no group form; use order='pre' or 'pre_renorm', got num_groups={groups}."
-            )
-
-    def fields(self) -> tuple:
-        """The configuration as plain values, in the order of the private operator's schema."""
-        return (self.top_k, self.score, self.order, self.norm_eps, self.scale,
-                self.num_groups, self.topk_groups, self.group_score, self.group_mask_value)  # fmt: skip
 
 
 def route(
@@ -92,24 +30,49 @@ def route(
     config: RouterConfig | None = None,
     *,
     bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    expert_mask: Tensor | None = None,
+    noise_logits: Tensor | None = None,
+    training: bool = False,
+    generator: Generator = None,
+    sequences: int = 1,
+    statistics: bool | None = None,
+    checked: bool = False,
     implementation: str | None = None,
     **fields,
 ) -> Routing:
     """Choose K experts for each token and build the index tables: `logits (T, E) -> Routing`.
 
     Args:
-        router_logits: `(T, E)`, any float dtype; scored in fp32 (fp64 in fp64).
+        router_logits: `(T, E)`, any float dtype; scored in fp32 (fp64 in fp64). With columns for zero, identity,
+            constant and shared experts behind them where the configuration has such.
         config: a `RouterConfig`; or give its fields as keywords (`route(logits, top_k=8, score="softmax")`).
         bias: `(E,)`, added to the scores (to the logits when `order="post"`) for the choice alone; it gets no gradient.
+        expert_scale: `(E,)` or `(1,)`, multiplied into each choice's weight; differentiable (Gemma 4, Inkling).
+        ids: `(T, K)` integers, the choice made elsewhere: recorded earlier (`routing.topk_ids`), hashed from the
+            tokens (`table[input_ids]`), or forced. Weights and gradients come from the logits; -1 leaves a slot out.
+        token_mask: `(T,)` bool; False routes the token nowhere (padding, finished sequences).
+        expert_mask: `(E,)` or `(T, E)` bool; False takes the expert out as if its logit were -inf.
+        noise_logits: `(T, E)`, noisy top-k's second linear map; differentiable where noise enters the weights.
+        training: turns on noise, expert sampling, and the training capacity.
+        generator: for the noise. An int seeds this one call, which activation checkpointing can repeat; None draws
+            from torch's generator, whose state checkpointing restores.
+        sequences: S, the T tokens are that many sequences of equal length; for the statistics of sequence-wise losses.
+        statistics: keep what the losses read, sums over tokens; by default where the logits need a gradient.
+        checked: look at the values too, which waits for a GPU: NaN logits, repeated or too few experts.
         implementation: force one of `route.implementations`; by default the first that can run.
 
     Returns:
-        A `Routing` whose `topk_weights` carry the gradient to `router_logits`; ids are not differentiable.
+        A `Routing` whose `topk_weights` and statistics carry the gradient to `router_logits`; ids are not
+        differentiable. A token for which fewer than K experts remain gets -1 and weight 0 in the slots that are left.
 
     Raises:
-        ValueError: shapes, devices or configuration disagree. Unsupported: the forced implementation cannot run.
+        ValueError: shapes, devices, values or configuration disagree. Unsupported: the forced implementation cannot
+            run.
 
-    Deterministic; no host synchronisation. T = 0 is allowed.
+    Deterministic but for the noise; no host synchronisation unless checked. T = 0 is allowed.
     """
     who = "route"
     if config is None:
@@ -118,34 +81,173 @@ def route(
         raise ValueError(
             f"{who}: give config or its fields as keywords, not both; got both {config} and {sorted(fields)}."
         )
-    if router_logits.dim() != 2:
-        raise ValueError(
-            f"{who}: router_logits must have shape (T, E), got {tuple(router_logits.shape)}; flatten the tokens."
-        )
-    if not router_logits.is_floating_point():
-        raise ValueError(
-            f"{who}: router_logits must be floating point, got {router_logits.dtype}; convert with .float()."
-        )
-    num_experts = router_logits.shape[1]
-    config.check(num_experts)
-    if bias is not None:
-        check_shape(who, "bias", bias, (num_experts,))
-        if bias.device != router_logits.device:
-            raise ValueError(f"{who}: bias must be on {router_logits.device}, got {bias.device}; move it.")
-        bias = bias.detach()
-    weights, ids, counts, offsets, order, index = torch.ops.moesaic.route(
-        router_logits, bias, *config.fields(), forced(implementation)
+    _check(who, router_logits, config, bias, expert_scale, ids, token_mask, expert_mask, noise_logits, training,
+           sequences)  # fmt: skip
+    if checked or router_logits.device.type == "cpu":
+        _check_values(who, router_logits, config, ids, expert_mask, checked)
+    E = config.num_experts(router_logits.shape[1])
+    x, shared = router_logits, None
+    if config.shared_logits:
+        x, shared = x[:, : -config.shared_logits], x[:, -config.shared_logits :]
+    x = _masked(x, token_mask, expert_mask)
+    bias = None if bias is None else bias.detach()
+    if statistics is None:
+        statistics = torch.is_grad_enabled() and router_logits.requires_grad
+    if training or ids is not None or config.policy not in ("topk", "top_p", "entropy"):
+        x, ids, own_weights, load = _chosen(x, config, bias, ids, noise_logits, training, generator, implementation)
+    else:
+        own_weights = load = None
+    weights, raw, *tables, probability_sums, logsumexp_squares, choices = torch.ops.moesaic.route(
+        x, bias, ids, *config.core(), E, sequences, statistics, forced(implementation)
     )
-    return Routing(weights, ids, counts, offsets, order, index, router_logits)
+    weights = weights if own_weights is None else own_weights
+    extras = {}
+    if config.weights_later or config.straight_through or shared is not None:
+        weights, extras["shared_weights"] = policies.finish_weights(weights, raw, shared, config)
+    if expert_scale is not None:
+        weights = weights * (expert_scale[raw.clamp_min(0)] if expert_scale.numel() > 1 else expert_scale)
+        weights = weights.masked_fill(raw < 0, 0.0)
+    topk_ids = raw
+    if config.extra_experts:
+        topk_ids = raw.masked_fill(raw >= E, -1)
+        extras.update(_extra_weights(weights, raw, E + config.zero_experts, config))
+    limit = None if config.policy == "expert_choice" else config.capacity(x.shape[0], E, training)
+    if limit is not None:
+
+        def index(topk_ids):
+            return torch.ops.moesaic.expert_index(topk_ids, E, forced(implementation))
+
+        weights, topk_ids = capacity.drop(weights, topk_ids, limit, config.drop_policy, config.renorm_after_drop, index)
+        topk_ids, *tables = index(topk_ids)
+    if statistics:
+        extras.update(
+            probability_sums=probability_sums, logsumexp_squares=logsumexp_squares, choices=choices, load=load
+        )
+    return Routing(weights, topk_ids, *tables, router_logits, config=config, capacity=limit, **extras)
 
 
 route.implementations = OP.implementations  # type: ignore[attr-defined]
 
+
+def _masked(x: Tensor, token_mask: Tensor | None, expert_mask: Tensor | None) -> Tensor:
+    if token_mask is not None:
+        x = x.masked_fill(~token_mask[:, None], policies.NEG_INF)
+    return x if expert_mask is None else x.masked_fill(~expert_mask, policies.NEG_INF)
+
+
+def _chosen(x, config, bias, ids, noise_logits, training, generator, implementation):
+    """`(logits for the weights, ids or None, weights or None, load or None)` of what the kernel does not choose."""
+    generator = policies.generator_of(generator, x.device)
+    load, choice = None, x
+    if training and config.expert_sampling < 1:
+        choice = x = x.masked_fill(~policies.sample_experts(x, config, generator), policies.NEG_INF)
+    if training and (config.noise != "none" or config.temperature != 1.0) and config.policy != "sparsemixer":
+        choice, std = policies.noisy(x, config, noise_logits, generator)
+        if std is not None:
+            load = policies.expected_load(x, choice, std, config.top_k)
+        if config.noise_in_weights:
+            x = choice
+    if ids is not None:
+        return x, ids, None, load
+    if config.policy == "sparsemixer":
+        weights, ids = policies.sparsemixer(x if x.dtype == torch.float64 else x.float(), config, training, generator)
+        return x, ids, weights * config.scale, load
+    if config.policy in policies.CHOOSE:
+        with torch.no_grad():
+            z = _torch._transform(choice, config)
+            ids = policies.CHOOSE[config.policy](z, config, bias=bias, training=training)
+        return x, ids, None, load
+    if choice is not x:
+        with torch.no_grad():
+            columns = choice.shape[1]
+            ids = torch.ops.moesaic.route(
+                choice, bias, None, *config.core(), columns, 1, False, forced(implementation)
+            )[1]
+    return x, ids, None, load
+
+
+def _extra_weights(weights: Tensor, raw: Tensor, first: int, config: RouterConfig) -> dict[str, Tensor]:
+    """Weights of the identity experts, summed, and of each constant one; `first` is the id of the first identity."""
+    out, last = {}, first + config.identity_experts
+    if config.identity_experts:
+        out["identity_weight"] = weights.masked_fill((raw < first) | (raw >= last), 0.0).sum(-1)
+    if config.constant_experts:
+        mine = weights.masked_fill(raw < last, 0.0)
+        empty = weights.new_zeros(weights.shape[0], config.constant_experts)
+        out["constant_weights"] = empty.scatter_add(1, (raw.long() - last).clamp_min(0), mine)
+    return out
+
+
+# ---------------------------------------------------------------- checks
+def _check(who, logits, config, bias, expert_scale, ids, token_mask, expert_mask, noise_logits, training, sequences):
+    if logits.dim() != 2:
+        raise ValueError(f"{who}: router_logits must have shape (T, E), got {tuple(logits.shape)}; flatten the tokens.")
+    if not logits.is_floating_point():
+        raise ValueError(f"{who}: router_logits must be floating point, got {logits.dtype}; convert with .float().")
+    T, columns = logits.shape
+    config.check(config.num_experts(columns), who)
+    candidates = columns - config.shared_logits
+    if bias is not None:
+        check_shape(who, "bias", bias, (candidates,))
+    if expert_scale is not None and expert_scale.shape != (1,):
+        check_shape(who, "expert_scale", expert_scale, (candidates,), "or (1,)")
+    if token_mask is not None:
+        check_shape(who, "token_mask", token_mask, (T,))
+    if expert_mask is not None and expert_mask.shape != (candidates,):
+        check_shape(who, "expert_mask", expert_mask, (T, candidates), f"or ({candidates},)")
+    for name, mask in (("token_mask", token_mask), ("expert_mask", expert_mask)):
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"{who}: {name} must be bool, got {mask.dtype}; compare it, as in mask > 0.")
+    if ids is not None:
+        check_shape(who, "ids", ids, (T, config.max_choices or candidates if config.policy == "expert_choice" else
+                                      config.top_k), "one expert for each choice")  # fmt: skip
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"{who}: ids must be integers, got {ids.dtype}; convert it with .int().")
+    if config.noise == "noisy_topk" and training:
+        if noise_logits is None:
+            raise ValueError(f"{who}: noise='noisy_topk' needs noise_logits of shape {(T, candidates)}, got None.")
+        check_shape(who, "noise_logits", noise_logits, (T, candidates))
+    tensors = dict(bias=bias, expert_scale=expert_scale, ids=ids, token_mask=token_mask, expert_mask=expert_mask,
+                   noise_logits=noise_logits)  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{who}: {name} must be on {logits.device}, got {tensor.device}; move it.")
+    if sequences < 1 or T % sequences:
+        raise ValueError(
+            f"{who}: sequences must be positive and divide the number of tokens T={T}, got {sequences}; pad them to "
+            "one length."
+        )
+
+
+def _check_values(who: str, logits: Tensor, config: RouterConfig, ids, expert_mask, checked: bool) -> None:
+    """What only the values show. On the CPU a look costs nothing but the pass over the logits, kept for `checked`."""
+    if torch.compiler.is_compiling() and not checked:
+        return
+    if checked and bool(logits.isnan().any()):
+        t, e = logits.isnan().nonzero()[0].tolist()
+        raise ValueError(
+            f"{who}: router_logits must not be NaN, got NaN at token {t}, expert {e}; look at what made it."
+        )
+    if expert_mask is not None and expert_mask.numel():
+        left = int(expert_mask.sum(-1).min())
+        if left < config.top_k:
+            raise ValueError(
+                f"{who}: expert_mask must leave at least top_k={config.top_k} experts to each token, got {left}; "
+                "lower top_k or unmask more (token_mask leaves a whole token out)."
+            )
+    if ids is not None and ids.shape[1] > 1:
+        row = ids.sort(-1).values
+        twice = (row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)
+        if bool(twice.any()):
+            t = int(twice.any(-1).nonzero()[0])
+            raise ValueError(
+                f"{who}: ids must name an expert at most once for each token, got {ids[t].tolist()} at token {t}; use "
+                "-1 for a slot to leave out."
+            )
+
+
 # ---------------------------------------------------------------- private operators
-_CONFIG = (
-    "int top_k, str score, str order, float norm_eps, float scale, "
-    "int num_groups, int topk_groups, str group_score, float group_mask_value, str implementation"
-)
+_CONFIG = ", ".join(f"{kind} {name}" for name, kind in CORE.items())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,17 +257,24 @@ def _select(device, dtype, tokens: int, top_k: int, num_experts: int, config: Ro
     return OP.select(problem, implementation)
 
 
-def _route(logits, bias, *rest):
-    config, implementation = RouterConfig(*rest[:-1]), rest[-1]
-    module = _select(
-        logits.device, logits.dtype, logits.shape[0], config.top_k, logits.shape[1], config, implementation
-    )
-    return module.route(logits, bias, config)
-
-
-def _route_fake(logits, bias, top_k, *rest):
+def _route(logits, bias, ids, *rest):
+    *core, num_experts, sequences, statistics, implementation = rest
+    config = RouterConfig.of_core(*core)
     T, E = logits.shape
-    return (logits.new_empty(T, top_k, dtype=_weight_dtype(logits)), *_index_fake(logits.new_empty(T, top_k), E, ""))
+    module = _select(logits.device, logits.dtype, T, config.top_k, E, config, implementation)
+    return module.route(logits, bias, ids, config, num_experts, sequences, statistics)
+
+
+def _route_fake(logits, bias, ids, top_k, *rest):
+    *_, num_experts, sequences, statistics, _ = rest
+    T, E = logits.shape
+    K = top_k if ids is None else ids.shape[1]
+    S = sequences if statistics else 0
+    tables = _index_fake(logits.new_empty(T, K), num_experts, "")
+    sums = logits.new_empty((S, E) if S else (0,), dtype=_weight_dtype(logits))
+    squares = logits.new_empty((S,), dtype=_weight_dtype(logits))
+    choices = logits.new_empty((S, E) if S else (0,), dtype=torch.int32)
+    return logits.new_empty(T, K, dtype=_weight_dtype(logits)), *tables, sums, squares, choices
 
 
 def _weight_dtype(logits: Tensor) -> torch.dtype:
@@ -186,16 +295,17 @@ def _index_fake(topk_ids, num_experts, implementation):
     return i32(T, K), i32(num_experts), i32(num_experts + 1), i32(T * K), i32(T * K)
 
 
-def _backward_op(grad, logits, ids, *rest):
-    config, implementation = RouterConfig(*rest[:-1]), rest[-1]
-    module = _select(
-        logits.device, logits.dtype, logits.shape[0], config.top_k, logits.shape[1], config, implementation
-    )
-    return module.route_backward(grad, logits, ids, config)
+def _backward_op(grad, grad_p, grad_lse, logits, ids, *rest):
+    *core, statistics, implementation = rest
+    config = RouterConfig.of_core(*core)
+    T, E = logits.shape
+    module = _select(logits.device, logits.dtype, T, config.top_k, E, config, implementation)
+    return module.route_backward(grad, grad_p, grad_lse, logits, ids, config, statistics)
 
 
 define(
-    f"route(Tensor logits, Tensor? bias, {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"route(Tensor logits, Tensor? bias, Tensor? ids, {_CONFIG}, int num_experts, int sequences, bool statistics, "
+    "str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _route, _route_fake,
 )  # fmt: skip
 define(
@@ -203,19 +313,27 @@ define(
     _index, _index_fake,
 )  # fmt: skip
 define(
-    f"route_backward(Tensor grad, Tensor logits, Tensor ids, {_CONFIG}) -> Tensor",
-    _backward_op, lambda grad, logits, ids, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    f"route_backward(Tensor grad, Tensor grad_sums, Tensor grad_squares, Tensor logits, Tensor ids, {_CONFIG}, "
+    "bool statistics, str implementation) -> Tensor",
+    _backward_op,
+    lambda grad, sums, squares, logits, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )  # fmt: skip
 
 
 def _setup(ctx, inputs, output):
-    logits, _, *ctx.rest = inputs
+    logits, *_ = inputs
     ctx.save_for_backward(logits, output[1])
+    *ctx.core, _, _, ctx.statistics, ctx.implementation = inputs[3:]
+    ctx.mark_non_differentiable(*output[1:6], output[8])
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, *grads):
     logits, ids = ctx.saved_tensors
-    return (torch.ops.moesaic.route_backward(grad.contiguous(), logits, ids, *ctx.rest), *([None] * 11))
+    grad, sums, squares = (g.contiguous() for g in (grads[0], grads[6], grads[7]))
+    dx = torch.ops.moesaic.route_backward(
+        grad, sums, squares, logits, ids, *ctx.core, ctx.statistics, ctx.implementation
+    )
+    return (dx, *([None] * (len(CORE) + 6)))
 
 
 differentiable("route", _backward, _setup)

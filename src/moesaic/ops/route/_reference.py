@@ -13,46 +13,116 @@ def why_not(problem) -> str | None:
 
 
 def _score(row: Tensor, score: str) -> Tensor:
-    return torch.softmax(row, -1) if score == "softmax" else torch.sigmoid(row)
+    if score == "softmax":
+        top = max(row.tolist(), default=0.0)
+        return torch.zeros_like(row) if top == -math.inf else torch.softmax(row, -1)
+    if score == "sigmoid":
+        return torch.sigmoid(row)
+    if score == "log_sigmoid":
+        return -torch.log1p(torch.exp(-row))
+    return torch.sqrt(torch.log1p(torch.exp(row)))
+
+
+def _transform(row: Tensor, config) -> Tensor:
+    z = row * config.multiplier
+    if not config.soft_cap:
+        return z
+    return torch.where(row == -math.inf, row, config.soft_cap * torch.tanh(z / config.soft_cap))
 
 
 def _ranked(values: list[float]) -> list[int]:
-    """Indices from largest to smallest; ties to the lowest index, NaN below every number."""
-    keys = [(float("inf") if math.isnan(v) else -v, math.isnan(v), i) for i, v in enumerate(values)]
-    return [i for _, _, i in sorted(keys)]
+    """Indices from largest to smallest; ties to the lowest index, NaN after every number but -inf."""
+    lowest = torch.finfo(torch.float64).min
+    return sorted(range(len(values)), key=lambda i: (-(lowest if math.isnan(values[i]) else values[i]), i))
 
 
-def _weights(chosen: Tensor, score_row: Tensor, logit_row: Tensor, config) -> Tensor:
+def _probabilities(z: Tensor, config) -> Tensor:
+    if config.score in ("softmax", "log_sigmoid"):
+        return _score(z, "softmax")
+    s = _score(z, config.score)
+    return s / s.sum() if s.sum() > 0 else s
+
+
+def _choose(z: Tensor, bias: list[float] | None, config) -> list[int]:
+    """The experts of one token; -1 for a choice that finds none."""
+    E = z.shape[0]
+    on_logits = config.order == "post" or config.bias_on == "logits"
+    choice = (z if on_logits else _score(z, config.score)).tolist()
+    choice = [-math.inf if v == -math.inf else c for c, v in zip(choice, z.tolist(), strict=True)]
+    if bias is not None:
+        choice = [c + b for c, b in zip(choice, bias, strict=True)]
+    if config.num_groups > 1:
+        size = E // config.num_groups
+        groups = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(config.num_groups)]
+        values = [g[0] if config.group_score == "max" else g[0] + g[1] for g in groups]
+        kept = set(_ranked(values)[: config.topk_groups])
+        masked = config.group_mask_value
+        choice = [c if e // size in kept or c == -math.inf else masked for e, c in enumerate(choice)]
+    ids = [e if choice[e] != -math.inf else -1 for e in _ranked(choice)[: config.top_k]]
+    if config.policy == "top_p":
+        p, mass, kept = _probabilities(z, config).tolist(), 0.0, 0
+        while kept < len(ids) and ids[kept] >= 0 and mass < config.threshold:
+            mass += p[ids[kept]]
+            kept += 1
+        ids = [e if k < kept else -1 for k, e in enumerate(ids)]
+    elif config.policy == "entropy":
+        entropy = -sum(p * math.log(p) for p in _score(z, "softmax").tolist() if p > 0)
+        kept = 1 if entropy < config.threshold else 2 if entropy < 2 * config.threshold else config.top_k
+        ids = [e if k < kept else -1 for k, e in enumerate(ids)]
+    return ids
+
+
+def _weights(z: Tensor, ids: list[int], config) -> Tensor:
+    """The weights of one token's choices, differentiable in z."""
+    live = [k for k, e in enumerate(ids) if e >= 0]
+    out = z.new_zeros(len(ids))
+    if not live:
+        return out
+    chosen = torch.tensor([ids[k] for k in live], device=z.device)
     if config.order == "post":
-        w = _score(logit_row[chosen], config.score)
+        w = _score(z[chosen], config.score)
     else:
-        w = score_row[chosen]
+        w = _score(z, config.score)[chosen]
         if config.order == "pre_renorm":
-            w = w / (w.sum() + config.norm_eps)
-    return w * config.scale
+            total = w.sum()
+            total = (config.norm_min if total < config.norm_min else total) + config.norm_eps
+            w = w if total == 0 else w / total
+    return out.index_copy(0, torch.tensor(live, device=z.device), w * config.scale)
 
 
-def route(logits: Tensor, bias: Tensor | None, config):
+def route(logits, bias, ids, config, num_experts, sequences, statistics):
     T, E = logits.shape
-    ids = torch.zeros(T, config.top_k, dtype=torch.int32, device=logits.device)
-    weights = torch.zeros(T, config.top_k, dtype=torch.float64, device=logits.device)
-    for t in range(T):
-        row = logits[t].double()
-        score = _score(row, config.score)
-        choice = (row if config.order == "post" else score).tolist()
-        if bias is not None:
-            choice = [c + b for c, b in zip(choice, bias.double().tolist(), strict=True)]
-        if config.num_groups > 1:
-            size = E // config.num_groups
-            groups = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(config.num_groups)]
-            values = [g[0] if config.group_score == "max" else g[0] + g[1] for g in groups]
-            kept = set(_ranked(values)[: config.topk_groups])
-            choice = [c if e // size in kept else config.group_mask_value for e, c in enumerate(choice)]
-        chosen = torch.tensor(_ranked(choice)[: config.top_k], device=logits.device)
-        ids[t] = chosen.int()
-        weights[t] = _weights(chosen, score, row, config)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return (weights.to(dtype), *expert_index(ids, E))
+    bias = None if bias is None else bias.double().tolist()
+    rows = [_transform(logits[t].double(), config) for t in range(T)]
+    if ids is None:
+        chosen = [_choose(z, bias, config) for z in rows]
+    else:
+        chosen = [[e if 0 <= e < E else -1 for e in row] for row in ids.tolist()]
+    weights = torch.zeros(T, config.top_k, dtype=torch.float64, device=logits.device)
+    for t, z in enumerate(rows):
+        weights[t] = _weights(z, chosen[t], config)
+    ids = torch.tensor(chosen, dtype=torch.int32, device=logits.device).reshape(T, config.top_k)
+    tables = expert_index(torch.where(ids < num_experts, ids, -1), num_experts)
+    if not statistics:
+        empty = weights.new_empty(0).to(dtype)
+        return weights.to(dtype), ids, *tables[1:], empty, empty.clone(), ids.new_empty(0)
+    p_sum = torch.zeros(sequences, E, dtype=torch.float64, device=logits.device)
+    lse_sq = torch.zeros(sequences, dtype=torch.float64, device=logits.device)
+    choices = torch.zeros(sequences, E, dtype=torch.int32, device=logits.device)
+    for t, z in enumerate(rows):
+        s = t * sequences // T
+        p_sum[s] += _probabilities(z, config)
+        lse_sq[s] += _logsumexp(z).square()
+        for e in chosen[t]:
+            if e >= 0:
+                choices[s, e] += 1
+    return weights.to(dtype), ids, *tables[1:], p_sum.to(dtype), lse_sq.to(dtype), choices
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    lse = torch.logsumexp(z, -1)
+    return torch.zeros_like(lse) if lse.item() == -math.inf else lse
 
 
 def expert_index(topk_ids: Tensor, num_experts: int):
@@ -81,11 +151,18 @@ def expert_index(topk_ids: Tensor, num_experts: int):
     return ids, i32([len(group) for group in rows]), i32(offsets), i32(order), i32(index)
 
 
-def route_backward(grad: Tensor, logits: Tensor, ids: Tensor, config) -> Tensor:
+def route_backward(grad, grad_p, grad_lse, logits, ids, config, statistics) -> Tensor:
+    T = logits.shape[0]
     out = torch.zeros_like(logits, dtype=torch.float64)
-    for t in range(logits.shape[0]):
+    for t in range(T):
         with torch.enable_grad():
             row = logits[t].double().detach().requires_grad_()
-            w = _weights(ids[t].long(), _score(row, config.score), row, config)
-            (out[t],) = torch.autograd.grad(w, row, grad[t].double())
-    return out.to(logits.dtype)
+            z = _transform(row, config)
+            total = (_weights(z, ids[t].tolist(), config) * grad[t].double()).sum()
+            if statistics:
+                s = t * grad_p.shape[0] // T
+                total = total + (_probabilities(z, config) * grad_p[s].double()).sum()
+                total = total + _logsumexp(z).square() * grad_lse[s].double()
+            if total.requires_grad:
+                (out[t],) = torch.autograd.grad(total, row, allow_unused=True, materialize_grads=True)
+    return torch.nan_to_num(out, nan=0.0).where(logits == -math.inf, out).to(logits.dtype)

@@ -4,53 +4,147 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+NEG_INF = float("-inf")
 
 
 def why_not(problem) -> str | None:
     return None
 
 
-def _scores(logits: Tensor, score: str) -> Tensor:
-    return torch.softmax(logits, -1) if score == "softmax" else torch.sigmoid(logits)
+# ---------------------------------------------------------------- scores
+def _transform(logits: Tensor, config) -> Tensor:
+    """z: the logits in fp32 (fp64 stays), multiplied and capped."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if config.multiplier != 1.0:
+        z = z * config.multiplier
+    if config.soft_cap:
+        z = (config.soft_cap * torch.tanh(z / config.soft_cap)).masked_fill(logits == NEG_INF, NEG_INF)
+    return z
 
 
-def _compute(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _softmax(z: Tensor) -> Tensor:
+    """Softmax over the last dimension in which a row of nothing but -inf gets zeros."""
+    return torch.softmax(z, -1).masked_fill(z == NEG_INF, 0.0)
 
 
+_ELEMENTWISE = {
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda z: F.softplus(z, threshold=50.0).sqrt(),
+    "log_sigmoid": F.logsigmoid,
+}
+_DERIVATIVE = {
+    "sigmoid": lambda z, s: s * (1 - s),
+    "sqrt_softplus": lambda z, s: torch.where(s > 0, torch.sigmoid(z) / (2 * s), 0.0),
+    "log_sigmoid": lambda z, s: torch.sigmoid(-z),
+}
+
+
+def _scores(z: Tensor, score: str) -> Tensor:
+    return _softmax(z) if score == "softmax" else _ELEMENTWISE[score](z)
+
+
+def _probabilities(z: Tensor, scores: Tensor, config) -> Tensor:
+    """Scores as a distribution: as they are or divided by their sum; of log_sigmoid, which is negative, the softmax."""
+    if config.score in ("softmax", "log_sigmoid"):
+        return scores if config.score == "softmax" and config.order != "post" else _softmax(z)
+    s = _scores(z, config.score) if config.order == "post" else scores
+    return s / s.sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+
+
+# ---------------------------------------------------------------- choice
 def _topk(values: Tensor, k: int) -> Tensor:
-    """The k largest per row, ties to the lowest index, NaN last (`torch.topk` promises neither)."""
-    values = torch.where(values.isnan(), float("-inf"), values)
+    """The k largest per row, ties to the lowest index, NaN after all but -inf (`torch.topk` promises neither)."""
+    values = torch.where(values.isnan(), torch.finfo(values.dtype).min, values)
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def route(logits: Tensor, bias: Tensor | None, config):
-    x = _compute(logits)
-    T, E = x.shape
-    scores = x if config.order == "post" else _scores(x, config.score)
-    choice = scores if bias is None else scores + bias.to(x.dtype)
+def _choose(z: Tensor, scores: Tensor, bias: Tensor | None, config) -> Tensor:
+    T, E = z.shape
+    choice = z if config.bias_on == "logits" else scores
+    if bias is not None:
+        choice = choice + bias.to(z.dtype)
+    gone = (z == NEG_INF) | (choice == NEG_INF)
     if config.num_groups > 1:
         grouped = choice.view(T, config.num_groups, E // config.num_groups)
+        grouped = grouped.masked_fill(gone.view(grouped.shape), NEG_INF)
         best = grouped.topk(1 if config.group_score == "max" else 2, -1).values.sum(-1)
         keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, _topk(best, config.topk_groups), True)
         choice = grouped.masked_fill(~keep[..., None], config.group_mask_value).view(T, E)
+    choice = choice.masked_fill(gone, NEG_INF)
     ids = _topk(choice, config.top_k)
-    weights = scores.gather(1, ids)
+    dead = choice.gather(1, ids) == NEG_INF
+    if config.policy == "top_p":
+        p = _probabilities(z, scores, config).gather(1, ids)
+        dead |= p.cumsum(-1) - p >= config.threshold
+    elif config.policy == "entropy":
+        p = _softmax(z)
+        entropy = -torch.xlogy(p, p).sum(-1, keepdim=True)
+        most = torch.where(entropy < config.threshold, 1, torch.where(entropy < 2 * config.threshold, 2, config.top_k))
+        dead |= torch.arange(config.top_k, device=z.device) >= most
+    return ids.masked_fill(dead, -1)
+
+
+def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_experts: int, sequences: int,
+          statistics: bool):  # fmt: skip
+    z = _transform(logits, config)
+    E = z.shape[1]
+    scores = z if config.order == "post" else _scores(z, config.score)
+    ids = _choose(z, scores, bias, config) if ids is None else _valid(ids.long(), E)
+    dead, index = ids < 0, ids.clamp_min(0)
+    weights = scores.gather(1, index)
     if config.order == "post":
-        weights = _scores(weights, config.score)
-    elif config.order == "pre_renorm":
-        weights = weights / (weights.sum(-1, keepdim=True) + config.norm_eps)
+        weights = _scores(weights.masked_fill(dead, NEG_INF), config.score)
+    weights = weights.masked_fill(dead, 0.0)
+    if config.order == "pre_renorm":
+        weights = weights / _norm(weights, config)
     if config.scale != 1.0:
         weights = weights * config.scale
-    return (weights, *expert_index(ids, E))
+    tables = expert_index(ids.masked_fill(ids >= num_experts, -1) if E > num_experts else ids, num_experts)
+    return (weights, ids.int(), *tables[1:], *_statistics(z, scores, ids, config, sequences, statistics))
 
 
+def _norm(weights: Tensor, config) -> Tensor:
+    total = weights.sum(-1, keepdim=True)
+    if config.norm_min:
+        total = total.clamp_min(config.norm_min)
+    if config.norm_eps:
+        total = total + config.norm_eps
+    return total.masked_fill(total == 0, 1.0)  # no expert was chosen
+
+
+def _valid(ids: Tensor, num_experts: int) -> Tensor:
+    """What is not an expert is -1."""
+    return ids.masked_fill((ids < 0) | (ids >= num_experts), -1)
+
+
+def _statistics(z: Tensor, scores: Tensor, ids: Tensor, config, sequences: int, wanted: bool):
+    """Per sequence: the sum of the probabilities, of logsumexp(z)², and how often each expert was chosen."""
+    T, E = z.shape
+    if not wanted:
+        return z.new_empty(0), z.new_empty(0), ids.new_empty(0, dtype=torch.int32)
+    S = sequences
+    p = _probabilities(z, scores, config).view(S, -1, E).sum(1) if T else z.new_zeros(S, E)
+    lse = _logsumexp(z).square().view(S, -1).sum(1) if T else z.new_zeros(S)
+    choices = torch.zeros(S, E + 1, dtype=torch.int32, device=z.device)
+    slots = ids.masked_fill(ids < 0, E).reshape(S, -1) if T else ids.new_zeros(S, 0)
+    choices.scatter_add_(1, slots, torch.ones_like(slots, dtype=torch.int32))
+    return p, lse, choices[:, :E].contiguous()
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """0 for a row of nothing but -inf: a masked token."""
+    lse = torch.logsumexp(z, -1)
+    return lse.masked_fill(lse == NEG_INF, 0.0)
+
+
+# ---------------------------------------------------------------- index tables
 def expert_index(topk_ids: Tensor, num_experts: int):
     if topk_ids.device.type == "cpu":
         return _cpu_tables(topk_ids, num_experts)
-    bad = (topk_ids < -1) | (topk_ids >= num_experts)  # raising would have to wait for the device
-    return _tables(topk_ids.masked_fill(bad, -1).int(), num_experts)
+    return _tables(_valid(topk_ids, num_experts).int(), num_experts)  # raising would have to wait for the device
 
 
 def _cpu_tables(topk_ids: Tensor, num_experts: int):
@@ -87,21 +181,49 @@ def _tables(ids: Tensor, num_experts: int):
     return ids.contiguous(), offsets.diff(), offsets, order.int(), index
 
 
-def route_backward(grad: Tensor, logits: Tensor, ids: Tensor, config) -> Tensor:
-    x = _compute(logits)
-    index = ids.long()
-    grad = grad.to(x.dtype) * config.scale
+# ---------------------------------------------------------------- backward
+def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tensor, ids: Tensor, config,
+                   statistics: bool) -> Tensor:  # fmt: skip
+    z = _transform(logits, config)
+    dead, index = ids < 0, ids.long().clamp_min(0)
+    g = (grad.to(z.dtype) * config.scale).masked_fill(dead, 0.0)
+    dz = torch.zeros_like(z)
+    scores = _scores(z, config.score)
     if config.order == "post":
-        chosen = x.gather(1, index)
+        chosen = z.gather(1, index).masked_fill(dead, NEG_INF)
         w = _scores(chosen, config.score)
-        inner = grad * w * (1 - w) if config.score == "sigmoid" else w * (grad - (grad * w).sum(-1, keepdim=True))
-        return torch.zeros_like(x).scatter_(1, index, inner).to(logits.dtype)
-    s = _scores(x, config.score)
-    chosen = s.gather(1, index)
-    if config.order == "pre_renorm":
-        total = chosen.sum(-1, keepdim=True) + config.norm_eps
-        grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
-    ds = torch.zeros_like(x).scatter_(1, index, grad)
-    if config.score == "sigmoid":
-        return (ds * s * (1 - s)).to(logits.dtype)
-    return (s * (ds - (ds * s).sum(-1, keepdim=True))).to(logits.dtype)
+        inner = w * (g - (g * w).sum(-1, keepdim=True)) if config.score == "softmax" else (
+            g * _DERIVATIVE[config.score](chosen, w)
+        )  # fmt: skip
+        dz.scatter_add_(1, index, inner.masked_fill(dead, 0.0))
+        ds = torch.zeros_like(z)
+    else:
+        if config.order == "pre_renorm":
+            chosen = scores.gather(1, index).masked_fill(dead, 0.0)
+            norm = _norm(chosen, config)
+            drag = (g * chosen).sum(-1, keepdim=True) / norm
+            if config.norm_min:
+                drag = drag.masked_fill(chosen.sum(-1, keepdim=True) < config.norm_min, 0.0)
+            g = ((g - drag) / norm).masked_fill(dead, 0.0)
+        ds = torch.zeros_like(z).scatter_add_(1, index, g)
+    if statistics:
+        each = z.shape[0] // grad_p.shape[0]
+        gp = grad_p.to(z.dtype).repeat_interleave(each, 0)
+        p = _probabilities(z, z if config.order == "post" else scores, config)
+        if config.score == "softmax":
+            ds = ds + gp
+        elif config.score == "log_sigmoid":
+            dz += p * (gp - (gp * p).sum(-1, keepdim=True))
+        else:
+            total = scores.sum(-1, keepdim=True)
+            ds = ds + torch.where(total > 0, (gp - (gp * p).sum(-1, keepdim=True)) / total, 0.0)
+        gl = grad_lse.to(z.dtype).repeat_interleave(each, 0)
+        dz += (2 * gl * _logsumexp(z))[:, None] * _softmax(z)
+    if config.score == "softmax":
+        dz += scores * (ds - (ds * scores).sum(-1, keepdim=True))
+    else:
+        dz += ds * _DERIVATIVE[config.score](z, scores)
+    if config.soft_cap:
+        dz = dz * (1 - (z / config.soft_cap).square())
+    dz = dz.masked_fill(z == NEG_INF, 0.0)
+    return (dz * config.multiplier if config.multiplier != 1.0 else dz).to(logits.dtype)

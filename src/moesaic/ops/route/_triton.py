@@ -1,282 +1,206 @@
-"""`route` in Triton: one launch from logits to weights and ids, one or two for the index tables, one for the backward.
+"""`route` in Triton: scores, choice, weights, counts and loss sums in one launch, the index tables in a second one.
 
-Legend: a *key* is a float as an int32 of the same order, so that "taken" can rank below minus infinity.
+The tokens are cut into ranges, one a program. The first launch also numbers each slot among the earlier slots of its
+expert in its range, and counts each range's slots by expert; the second adds what stands before: the experts' starts
+and the earlier ranges' counts. A batch that fits one range needs the first launch alone.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...hardware import tl, triton
-from ...launch import Launch
+from ...launch import Launch, ceil_div, pow2, unit_rows
+from ._triton_index import _count_kernel, _index_kernel
+from ._triton_route import _route_backward_kernel, _route_kernel
+from .config import RAGGED, SCORES
 
-BLOCK = 128  # slots a program indexes: it compares each with each
+MAX_EXPERTS = 1024
+TILE = 8192  # lanes × tokens that one program holds in registers at a time
+RANGES = 132  # programs: each reads every range's counts, so that more of them would cost more than they hide
 
 
 def why_not(problem) -> str | None:
     if problem.dtype == torch.float64:
         return "needs fp32, bf16 or fp16 logits, got float64"
-    if problem.num_experts > 4096:
-        return f"needs at most 4096 experts, got {problem.num_experts}"
+    if problem.num_experts > MAX_EXPERTS:
+        return f"needs at most {MAX_EXPERTS} experts, got {problem.num_experts}"
     return None
 
 
-@triton.jit
-def _key(x):
-    """A float's place in order as int32; NaN ranks with minus infinity, everything above the smallest int32."""
-    x = tl.where(x != x, float("-inf"), tl.where(x == 0, 0.0, x))  # the two zeros are one
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+@dataclass(frozen=True)
+class _Cut:
+    """How T tokens of S equal sequences are cut: `programs` ranges of up to `per_range` tokens, `block` at a time."""
+
+    per_sequence: int
+    ranges: int  # of a sequence
+    per_range: int
+    programs: int
+    block: int
+    num_warps: int
+
+    @property
+    def single(self) -> bool:
+        return self.programs == 1 and self.per_range <= self.block
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        return self.per_sequence, self.ranges, self.per_range
 
 
-@triton.jit
-def _scores(x, inside, SIGMOID: tl.constexpr):
-    """Scores of one row of logits; 0 outside."""
-    if SIGMOID:
-        return tl.where(inside, 1 / (1 + tl.exp(-x)), 0.0)
-    top = tl.max(tl.where(inside, x, float("-inf")), 0)
-    p = tl.where(inside, tl.exp(x - top), 0.0)
-    return p / tl.sum(p, 0)
-
-
-@triton.jit
-def _keep_groups(choice, lane, E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr):
-    """True on the lanes of the KEPT best groups, scored by their best choice or by their two best."""
-    SIZE: tl.constexpr = E // GROUPS
-    group = lane // SIZE
-    score = tl.full(choice.shape, float("-inf"), tl.float32)
-    for g in tl.static_range(GROUPS):
-        mine = tl.where(group == g, choice, float("-inf"))
-        best = tl.max(mine, 0)
-        if TOP2:
-            first = tl.min(tl.where((mine == best) & (group == g), lane, E), 0)
-            best += tl.max(tl.where(lane == first, float("-inf"), mine), 0)
-        score = tl.where(group == g, best, score)
-    key = tl.where(lane < E, _key(score), -2147483648)
-    keep = lane < 0
-    for _ in tl.static_range(KEPT):
-        best_key = tl.max(key, 0)
-        chosen = tl.min(tl.where(key == best_key, group, GROUPS), 0)
-        keep = keep | (group == chosen)
-        key = tl.where(group == chosen, -2147483648, key)
-    return keep
-
-
-@triton.jit
-def _route_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, stride_t,
-    E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr,
-    SIGMOID: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, MASK_VALUE: tl.constexpr,
-):  # fmt: skip
-    """One token: score, choose, normalise."""
-    token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, E_POW2)
-    inside = lane < E
-    x = tl.load(logits_ptr + token * stride_t + lane, mask=inside, other=0.0).to(tl.float32)
-    score = x if POST else _scores(x, inside, SIGMOID)
-    choice = score
-    if HAS_BIAS:
-        choice += tl.load(bias_ptr + lane, mask=inside, other=0.0).to(tl.float32)
-    if GROUPS > 1:
-        keep = _keep_groups(choice, lane, E, GROUPS, KEPT, TOP2)
-        choice = tl.where(keep, choice, MASK_VALUE)
-    key = tl.where(inside, _key(choice), -2147483648)
-
-    k_lane = tl.arange(0, K_POW2)
-    ids = tl.zeros((K_POW2,), tl.int32)
-    weights = tl.zeros((K_POW2,), tl.float32)
-    for k in tl.static_range(K):
-        best = tl.max(key, 0)
-        chosen = tl.min(tl.where((key == best) & inside, lane, E), 0)
-        ids = tl.where(k_lane == k, chosen, ids)
-        weights = tl.where(k_lane == k, tl.sum(tl.where(lane == chosen, score, 0.0), 0), weights)
-        key = tl.where(lane == chosen, -2147483648, key)
-    live = k_lane < K
-    if POST:
-        weights = _scores(weights, live, SIGMOID)
-    elif RENORM:
-        weights = weights / (tl.sum(tl.where(live, weights, 0.0), 0) + EPS)
-    tl.store(weights_ptr + token * K + k_lane, weights * SCALE, mask=live)
-    tl.store(ids_ptr + token * K + k_lane, ids, mask=live)
-
-
-@triton.jit
-def _route_backward_kernel(
-    grad_ptr, logits_ptr, ids_ptr, out_ptr, stride_t,
-    E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
-    SIGMOID: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr,
-):  # fmt: skip
-    """One token: from the gradient of the weights to the gradient of the logits; the scores are computed again."""
-    token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, E_POW2)
-    inside = lane < E
-    x = tl.load(logits_ptr + token * stride_t + lane, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.zeros((E_POW2,), tl.float32)  # of the weights, at the chosen lanes
-    chosen = lane < 0
-    for k in tl.static_range(K):
-        here = lane == tl.load(ids_ptr + token * K + k)
-        chosen = chosen | here
-        grad = tl.where(here, tl.load(grad_ptr + token * K + k).to(tl.float32) * SCALE, grad)
-    among = chosen if POST else inside
-    s = _scores(x, among, SIGMOID)
-    if RENORM and not POST:
-        total = tl.sum(tl.where(chosen, s, 0.0), 0) + EPS
-        mean = tl.sum(tl.where(chosen, grad * s, 0.0), 0) / total
-        grad = tl.where(chosen, (grad - mean) / total, 0.0)
-    if SIGMOID:
-        dx = grad * s * (1 - s)
+def _cut(T: int, S: int, lanes: int, statistics: bool = False) -> _Cut:
+    N = T // S
+    # the sums take registers too, and so does the triangle of block × block
+    most = min(64, max(16, TILE // (2 if statistics else 1) // lanes))
+    if S == 1 and T <= most:
+        wanted = block = max(16, pow2(T))
     else:
-        dx = s * (grad - tl.sum(grad * s, 0))
-    tl.store(out_ptr + token * E + lane, tl.where(among, dx, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+        wanted = ceil_div(T, RANGES)
+        block = min(max(16, pow2(wanted)), most)
+    per_range = max(1, min(ceil_div(wanted, block) * block, N))
+    ranges = ceil_div(N, per_range)
+    warps = min(16, max(1, block * lanes // 512))
+    return _Cut(N, ranges, per_range, S * ranges, block, warps)
 
 
-# ---------------------------------------------------------------- index tables
-@triton.jit
-def _load_ids(ids_ptr, slots, total, E: tl.constexpr):
-    """Experts of slots as sort keys: what is not an expert (dropped, out of range) is E; slots past the end, E + 1."""
-    ids = tl.load(ids_ptr + slots, mask=slots < total, other=0).to(tl.int32)
-    ids = tl.where((ids < 0) | (ids >= E), E, ids)
-    return tl.where(slots < total, ids, E + 1)
+def _lanes(E: int, groups: int = 1) -> tuple[int, int]:
+    """Lanes of a group and of all: at least 16, the least that a product takes."""
+    size = pow2(E // groups)
+    return max(size, 16 // pow2(groups)), max(size, 16 // pow2(groups)) * pow2(groups)
 
 
-@triton.jit(do_not_specialize=["total"])
-def _count_kernel(ids_ptr, counts_ptr, total, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of a block's slots chose each expert; the column E counts dropped slots."""
-    block = tl.program_id(0)
-    key = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), total, E)
-    e = tl.arange(0, E_POW2)
-    tl.store(counts_ptr + block * (E + 1) + e, tl.histogram(key, E_POW2), mask=e <= E)
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _scan_kernel(counts_ptr, tokens_ptr, num_blocks, E: tl.constexpr, CHUNK: tl.constexpr):
-    """One expert: its counts in earlier blocks, in place of its counts, and its total."""
-    expert = tl.program_id(0)
-    before = tl.zeros((), tl.int32)
-    for b in range(0, num_blocks, CHUNK):
-        blocks = b + tl.arange(0, CHUNK)
-        ptrs = counts_ptr + blocks * (E + 1) + expert
-        counts = tl.load(ptrs, mask=blocks < num_blocks, other=0)
-        tl.store(ptrs, before + tl.cumsum(counts, 0) - counts, mask=blocks < num_blocks)
-        before += tl.sum(counts, 0)
-    tl.store(tokens_ptr + expert, before)
-
-
-@triton.jit(do_not_specialize=["total"])
-def _index_kernel(
-    ids_ptr, before_ptr, out_ids_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, total,
-    E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-):  # fmt: skip
-    """Stable rows of a block's slots: earlier experts' slots, its expert's in earlier blocks, and earlier ones here."""
-    block = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    slots = block * BLOCK + lane
-    live = slots < total
-    key = _load_ids(ids_ptr, slots, total, E)
-    e = tl.arange(0, E_POW2)
-    if SINGLE:
-        counts = tl.where(e <= E, tl.histogram(key, E_POW2), 0)
-    else:
-        counts = tl.load(tokens_ptr + e, mask=e <= E, other=0)
-    start = tl.cumsum(counts, 0) - counts
-    if SINGLE:
-        tl.store(tokens_ptr + e, counts, mask=e <= E)
-    # every program writes the same offsets, and reads them back to look up by expert
-    tl.store(offsets_ptr + e, start, mask=e <= E)
-    tl.debug_barrier()
-    # what stands before a slot: earlier experts' slots, earlier blocks' of its expert, earlier ones of this block
-    row = tl.load(offsets_ptr + key, mask=live, other=0)
-    if not SINGLE:
-        row += tl.load(before_ptr + block * (E + 1) + key, mask=live, other=0)
-    row += tl.sum(((key[None, :] == key[:, None]) & (lane[None, :] < lane[:, None])).to(tl.int32), 1)
-    tl.store(order_ptr + row, slots, mask=live)
-    tl.store(index_ptr + slots, tl.where(key < E, row, -1), mask=live)
-    tl.store(out_ids_ptr + slots, tl.where(key < E, key, -1), mask=live)
-
-
-def _pow2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+def _scoring(config) -> tuple:
+    """What forward and backward must have in common."""
+    return (
+        SCORES.index(config.score), config.order == "post", config.order == "pre_renorm", config.norm_eps,
+        config.norm_min, config.scale, config.multiplier, config.soft_cap,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
-def _index_launches(dtype: torch.dtype, total: int, E: int) -> tuple[Launch | None, Launch | None, Launch, int]:
-    """Count, scan and index, and the number of blocks; one block needs the last alone."""
-    width, single = _pow2(E + 2), total <= BLOCK
-    block = max(16, _pow2(total)) if single else BLOCK
-    num_blocks = -(-total // block)
-    grid = (num_blocks, 1, 1)
-    index = Launch(_index_kernel, grid, (E, width, block, single), 4 if single else 8)
-    if single:
-        return None, None, index, 1
-    count = Launch(_count_kernel, grid, (E, width, block))
-    scan = Launch(_scan_kernel, (E + 1, 1, 1), (E, min(1024, max(16, _pow2(num_blocks)))))
-    return count, scan, index, num_blocks
+def _route_launch(
+    dtypes: tuple, T: int, E: int, num_experts: int, K: int, stride: int, S: int, statistics: bool, config
+) -> tuple[Launch, _Cut]:
+    """Kept apart by all that the compiled kernel depends on: `dtypes` are those of logits, bias and given ids."""
+    group_lanes, lanes = _lanes(E, config.num_groups)
+    cut = _cut(T, S, lanes, statistics)
+    constants = (
+        E, num_experts, K, pow2(K), config.num_groups, group_lanes, lanes, config.topk_groups,
+        config.group_score == "top2_sum", config.group_mask_value, *_scoring(config), dtypes[1] is not None,
+        config.order == "post" or config.bias_on == "logits", (*("topk",), *RAGGED).index(config.policy),
+        config.threshold, dtypes[2] is not None, statistics, cut.single, cut.block,
+    )  # fmt: skip
+    return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_launch(dtype: torch.dtype, T: int, E: int, K: int) -> tuple[Launch, _Cut]:
+    _, lanes = _lanes(E)
+    cut = _cut(T, 1, lanes)
+    constants = (E, lanes, K, pow2(K), cut.single, cut.block)
+    return Launch(_count_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
+
+
+@functools.lru_cache(maxsize=4096)
+def _index_launch(columns: int, num_experts: int, K: int, programs: int, slots: int) -> Launch:
+    _, lanes = _lanes(num_experts)
+    chunk = min(max(1, 8192 // lanes), pow2(programs))
+    block = min(1024, max(16, pow2(slots)))
+    return Launch(_index_kernel, (programs, 1, 1), (columns, num_experts, lanes, K, chunk, block), 8)
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_launch(dtype: torch.dtype, T: int, E: int, K: int, stride: int, statistics: bool, config) -> Launch:
+    _, lanes = _lanes(E)
+    block = max(1, 4096 // lanes)
+    constants = (E, lanes, K, pow2(K), *_scoring(config), statistics, block)
+    return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants)
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return like.new_empty(shape) if like.dtype == dtype else like.new_empty(shape, dtype=dtype)
+
+
+class _Tables:
+    """The index tables' memory, and what passes from the first launch to the second."""
+
+    def __init__(self, like: Tensor, T: int, K: int, columns: int, num_experts: int, cut: _Cut, statistics: bool):
+        self.columns, self.num_experts, self.cut = columns, num_experts, cut
+        self.tokens, self.offsets = _empty(like, num_experts), _empty(like, num_experts + 1)
+        self.order, self.index = _empty(like, T * K), _empty(like, T * K)
+        self.places = None if cut.single else _empty(like, T, K)
+        self.counts = None if cut.single and not statistics else _empty(like, cut.programs, columns + 1)
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.offsets, self.order, self.index
+
+    def finish(self, ids: Tensor) -> None:
+        """The second launch, where one is needed."""
+        if not self.cut.single:
+            K = ids.shape[1]
+            launch = _index_launch(self.columns, self.num_experts, K, self.cut.programs, self.cut.per_range * K)
+            launch((ids, self.places, self.counts, *self.pointers), (*self.cut.numbers, self.cut.programs))
+
+
+def _no_tokens(like: Tensor, K: int, num_experts: int):
+    return (_empty(like, 0, K), _empty(like, num_experts).zero_(), _empty(like, num_experts + 1).zero_(),
+            _empty(like, 0), _empty(like, 0))  # fmt: skip
 
 
 def expert_index(topk_ids: Tensor, num_experts: int):
-    ids = topk_ids.contiguous()
-    T, K = ids.shape
-    total, E = T * K, num_experts
-    out_ids, (tokens, offsets, order, index) = (
-        _empty(ids, (T, K)),
-        (_empty(ids, (n,)) for n in (E + 1, E + 1, total, total)),
-    )
-    if total == 0:
-        return out_ids, tokens[:E].zero_(), offsets.zero_(), order, index
-    count, scan, index_slots, num_blocks = _index_launches(ids.dtype, total, E)
-    before = None
-    if count is not None and scan is not None:
-        before = _empty(ids, (num_blocks, E + 1))
-        count((ids, before), (total,))
-        scan((before, tokens), (num_blocks,))
-    index_slots((ids, before, out_ids, tokens, offsets, order, index), (total,))
-    tokens = tokens[:E]
-    return out_ids, tokens, offsets, order, index
+    given = topk_ids.contiguous()
+    T, K = given.shape
+    if T * K == 0:
+        return _no_tokens(given, K, num_experts)[0].view(T, K), *_no_tokens(given, K, num_experts)[1:]
+    launch, cut = _count_launch(given.dtype, T, num_experts, K)
+    tables, ids = _Tables(given, T, K, num_experts, num_experts, cut, False), _empty(given, T, K)
+    launch((given, ids, tables.places, tables.counts, *tables.pointers), (T, cut.per_range))
+    tables.finish(ids)
+    return ids, *tables.pointers
 
 
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return like.new_empty(shape) if like.dtype == torch.int32 else like.new_empty(shape, dtype=torch.int32)
+def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_experts: int, sequences: int,
+          statistics: bool):  # fmt: skip
+    logits = unit_rows(logits)
+    (T, E), f32 = logits.shape, torch.float32
+    K = config.top_k if ids is None else ids.shape[1]
+    if T * K == 0:
+        sums = logits.new_zeros((sequences, E) if statistics else (0,), dtype=f32)
+        squares = logits.new_zeros((sequences,) if statistics else (0,), dtype=f32)
+        return (logits.new_zeros((T, K), dtype=f32), *_no_tokens(logits, K, num_experts), sums, squares,
+                torch.zeros_like(sums, dtype=torch.int32))  # fmt: skip
+    given = None if ids is None else ids.contiguous()
+    stride = logits.stride(0)
+    dtypes = (logits.dtype, None if bias is None else bias.dtype, None if given is None else given.dtype)
+    launch, cut = _route_launch(dtypes, T, E, num_experts, K, stride, sequences, statistics, config)
+    weights, ids = _empty(logits, T, K, dtype=f32), _empty(logits, T, K)
+    tables = _Tables(ids, T, K, E, num_experts, cut, statistics)
+    sums = squares = None
+    if statistics:
+        sums, squares = _empty(weights, cut.programs, E, dtype=f32), _empty(weights, cut.programs, dtype=f32)
+    pointers = (logits, bias, given, weights, ids, tables.places, tables.counts, sums, squares, *tables.pointers)
+    launch(pointers, (stride, *cut.numbers))
+    tables.finish(ids)
+    if sums is None or squares is None or tables.counts is None:
+        return weights, ids, *tables.pointers, weights.new_empty(0), weights.new_empty(0), ids.new_empty(0)
+    shape = (sequences, cut.ranges)
+    choices = tables.counts.view(*shape, E + 1).sum(1, dtype=torch.int32)[:, :E].contiguous()
+    return weights, ids, *tables.pointers, sums.view(*shape, E).sum(1), squares.view(shape).sum(1), choices
 
 
-def _warps(num_experts: int) -> int:
-    return 1 if num_experts <= 512 else 4
-
-
-@functools.lru_cache(maxsize=4096)
-def _route_launch(dtype: torch.dtype, bias: torch.dtype | None, T: int, E: int, stride: int, config) -> Launch:
-    constants = (
-        E, _pow2(E), config.top_k, _pow2(config.top_k), config.score == "sigmoid", config.order == "post",
-        config.order == "pre_renorm", config.norm_eps, config.scale, bias is not None, config.num_groups,
-        config.topk_groups, config.group_score == "top2_sum", config.group_mask_value,
-    )  # fmt: skip
-    return Launch(_route_kernel, (T, 1, 1), constants, _warps(E))
-
-
-def route(logits: Tensor, bias: Tensor | None, config):
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tensor, ids: Tensor, config,
+                   statistics: bool) -> Tensor:  # fmt: skip
+    logits = unit_rows(logits)
     T, E = logits.shape
-    weights = torch.empty(T, config.top_k, dtype=torch.float32, device=logits.device)
-    ids = _empty(logits, (T, config.top_k))
-    if T:
-        stride = logits.stride(0)
-        launch = _route_launch(logits.dtype, None if bias is None else bias.dtype, T, E, stride, config)
-        launch((logits, bias, weights, ids), (stride,))
-    return (weights, *expert_index(ids, E))
-
-
-def route_backward(grad: Tensor, logits: Tensor, ids: Tensor, config) -> Tensor:
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    T, E = logits.shape
+    K = ids.shape[1]
     out = torch.empty(T, E, dtype=logits.dtype, device=logits.device)
     if T:
-        constants = (
-            E, _pow2(E), config.top_k, config.score == "sigmoid", config.order == "post", config.order == "pre_renorm",
-            config.norm_eps, config.scale,
-        )  # fmt: skip
-        launch = Launch(_route_backward_kernel, (T, 1, 1), constants, _warps(E))
-        launch((grad, logits, ids, out), (logits.stride(0),))
+        stride = logits.stride(0)
+        sums, squares = (grad_p, grad_lse) if statistics else (None, None)
+        launch = _backward_launch(logits.dtype, T, E, K, stride, statistics, config)
+        launch((grad, sums, squares, logits, ids, out), (stride, T, T // grad_p.shape[0] if statistics else T))
     return out
