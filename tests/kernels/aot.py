@@ -41,7 +41,9 @@ def compile_kernel(kernel, arch: str, types: dict[str, str], constants: dict, nu
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     constexprs = {(names.index(n),): v for n, v in constants.items()}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
-    attrs |= {(names.index(n),): [["tt.divisibility", 16]] for n in types if n.startswith("stride_")}
+    plain = {p.name for p in kernel.params if p.do_not_specialize}
+    strides = [n for n in types if n.startswith("stride_") and n not in plain]
+    attrs |= {(names.index(n),): [["tt.divisibility", 16]] for n in strides}
     source = ASTSource(kernel, signature, constexprs, attrs)
     done = triton.compile(source, target=target(arch), options={"num_warps": num_warps, "num_stages": num_stages})
     return nvidia_report(done) if arch.startswith("sm_") else amd_report(done)
@@ -158,26 +160,29 @@ def router_kernels():
     ends = {"tokens_ptr": i, "offsets_ptr": i, "order_ptr": i, "index_ptr": i}
     middle = {"places_ptr": i, "counts_ptr": i}
     for name, (config, E) in configs.items():
-        for T, statistics, given in ((1, False, False), (64, False, False), (32768, False, False), (4096, True, True)):
-            dtypes = (torch.float32, torch.float32, torch.int32 if given else None)
-            launch, cut = route._route_launch(dtypes, T, E, E, config.top_k, E, 1, statistics, config)
-            types = {"logits_ptr": f, "bias_ptr": f, "weights_ptr": f, "ids_ptr": i, **ends, "stride_t": n,
-                     "per_sequence": n, "ranges": n, "per_range": n}  # fmt: skip
-            types |= {"given_ptr": i} if given else {}
-            types |= {"sums_ptr": f, "squares_ptr": f} if statistics else {}
-            types |= {} if cut.single else middle
-            yield f"route {name}, T = {T}{', statistics, given ids' * given}", of_launch(launch, types)
+        sums = {"sums_ptr": f, "squares_ptr": f}
+        numbers = {"stride_t": n, "per_sequence": n, "ranges": n, "per_range": n}
+        for T, statistics in ((1, False), (64, False), (32768, False), (4096, True)):
+            dtypes = (torch.float32, torch.float32)
+            launch, cut, _ = route._route_launch(dtypes, T, E, config.top_k, E, 1, statistics, config)
+            types = {"logits_ptr": f, "bias_ptr": f, "weights_ptr": f, "ids_ptr": i, **ends, **numbers}
+            types |= (sums if statistics else {}) | ({} if cut.single else middle)
+            yield f"route {name}, T = {T}{', statistics' * statistics}", of_launch(launch, types)
+        dtypes = (torch.float32, torch.int32)
+        launch, cut = route._weigh_launch(dtypes, 4096, E, config.top_k, E, 1, True, config)
+        types = {"logits_ptr": f, "given_ptr": i, "weights_ptr": f, "ids_ptr": i, "counts_ptr": i, **sums, **numbers}
+        yield f"weigh given ids {name}", of_launch(launch, types)
         types = {"grad_ptr": f, "logits_ptr": f, "ids_ptr": i, "out_ptr": f, "stride_t": n, "T": n, "per_sequence": n}
         for statistics in (False, True):
             more = {"grad_sums_ptr": f, "grad_squares_ptr": f} if statistics else {}
             launch = route._backward_launch(torch.float32, 4096, E, config.top_k, E, statistics, config)
             yield f"route backward {name}{', statistics' * statistics}", of_launch(launch, types | more)
-    for T in (8, 32768):
-        launch, cut = route._count_launch(torch.int32, T, 256, 8)
-        types = {"given_ptr": i, "ids_ptr": i, **ends, "T": n, "per_range": n} | ({} if cut.single else middle)
-        yield f"count, T = {T}", of_launch(launch, types)
+    for total in (64, 262144):
+        launch, cut = route._count_launch(torch.int32, total, 256)
+        types = {"given_ptr": i, "ids_ptr": i, **ends, "total": n, "per_range": n} | ({} if cut.single else middle)
+        yield f"count, {total} slots", of_launch(launch, types)
     types = {"ids_ptr": i, **middle, **ends, "per_sequence": n, "ranges": n, "per_range": n, "programs": n}
-    yield "index", of_launch(route._index_launch(256, 256, 8, 128, 2048), types)
+    yield "index", of_launch(route._index_launch(256, cut), types)
 
 
 def jobs(arch: str):

@@ -17,10 +17,30 @@ from ...problem import Problem
 from ...routing import Routing
 from . import _torch, capacity, policies
 from .config import CORE, RouterConfig
-from .losses import load_balancing_loss, z_loss
+from .losses import (
+    cross_entropy_balance_loss,
+    device_balance_loss,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    sequence_balance_loss,
+    uniform_cross_entropy_loss,
+    z_loss,
+)
 from .policies import Generator
 
-__all__ = ["RouterConfig", "load_balancing_loss", "route", "z_loss"]
+__all__ = [
+    "RouterConfig",
+    "cross_entropy_balance_loss",
+    "device_balance_loss",
+    "importance_loss",
+    "load_balancing_loss",
+    "load_loss",
+    "route",
+    "sequence_balance_loss",
+    "uniform_cross_entropy_loss",
+    "z_loss",
+]
 
 OP = Op("route", __name__, ("triton", "torch", "reference"))
 
@@ -52,13 +72,14 @@ def route(
         bias: `(E,)`, added to the scores (to the logits when `order="post"`) for the choice alone; it gets no gradient.
         expert_scale: `(E,)` or `(1,)`, multiplied into each choice's weight; differentiable (Gemma 4, Inkling).
         ids: `(T, K)` integers, the choice made elsewhere: recorded earlier (`routing.topk_ids`), hashed from the
-            tokens (`table[input_ids]`), or forced. Weights and gradients come from the logits; -1 leaves a slot out.
+            tokens (`table[input_ids]`), or forced. Weights and gradients come from the logits; -1 leaves a slot out,
+            and so does a mask over its token or expert.
         token_mask: `(T,)` bool; False routes the token nowhere (padding, finished sequences).
         expert_mask: `(E,)` or `(T, E)` bool; False takes the expert out as if its logit were -inf.
         noise_logits: `(T, E)`, noisy top-k's second linear map; differentiable where noise enters the weights.
         training: turns on noise, expert sampling, and the training capacity.
         generator: for the noise. An int seeds this one call, which activation checkpointing can repeat; None draws
-            from torch's generator, whose state checkpointing restores.
+            from torch's generator, whose state checkpointing restores, and which alone `torch.compile` can trace.
         sequences: S, the T tokens are that many sequences of equal length; for the statistics of sequence-wise losses.
         statistics: keep what the losses read, sums over tokens; by default where the logits need a gradient.
         checked: look at the values too, which waits for a GPU: NaN logits, repeated or too few experts.
@@ -93,7 +114,7 @@ def route(
     bias = None if bias is None else bias.detach()
     if statistics is None:
         statistics = torch.is_grad_enabled() and router_logits.requires_grad
-    if training or ids is not None or config.policy not in ("topk", "top_p", "entropy"):
+    if training or ids is not None or config.policy in ("expert_choice", "sparsemixer"):
         x, ids, own_weights, load = _chosen(x, config, bias, ids, noise_logits, training, generator, implementation)
     else:
         own_weights = load = None
@@ -101,16 +122,18 @@ def route(
         x, bias, ids, *config.core(), E, sequences, statistics, forced(implementation)
     )
     weights = weights if own_weights is None else own_weights
+    scaled = own_weights is None and not (config.weights_later or config.straight_through)
     extras = {}
-    if config.weights_later or config.straight_through or shared is not None:
-        weights, extras["shared_weights"] = policies.finish_weights(weights, raw, shared, config)
+    if not scaled or shared is not None:
+        weights, extras["shared_weights"] = policies.finish_weights(weights, raw, shared, config, scaled)
     if expert_scale is not None:
-        weights = weights * (expert_scale[raw.clamp_min(0)] if expert_scale.numel() > 1 else expert_scale)
+        scale = expert_scale.to(weights.dtype)
+        weights = weights * (scale[raw.clamp_min(0)] if scale.numel() > 1 else scale)
         weights = weights.masked_fill(raw < 0, 0.0)
     topk_ids = raw
     if config.extra_experts:
-        topk_ids = raw.masked_fill(raw >= E, -1)
         extras.update(_extra_weights(weights, raw, E + config.zero_experts, config))
+        topk_ids, weights = raw.masked_fill(raw >= E, -1), weights.masked_fill(raw >= E, 0.0)
     limit = None if config.policy == "expert_choice" else config.capacity(x.shape[0], E, training)
     if limit is not None:
 
@@ -141,21 +164,22 @@ def _chosen(x, config, bias, ids, noise_logits, training, generator, implementat
     load, choice = None, x
     if training and config.expert_sampling < 1:
         choice = x = x.masked_fill(~policies.sample_experts(x, config, generator), policies.NEG_INF)
-    if training and (config.noise != "none" or config.temperature != 1.0) and config.policy != "sparsemixer":
+    if training and (config.noise != "none" or config.temperature != 1.0):
         choice, std = policies.noisy(x, config, noise_logits, generator)
         if std is not None:
-            load = policies.expected_load(x, choice, std, config.top_k)
+            load = policies.expected_load(x / config.temperature, choice, std / config.temperature, config.top_k)
         if config.noise_in_weights:
             x = choice
+    if ids is not None:  # a masked expert cannot be forced
+        ids = ids.masked_fill(x.gather(1, ids.long().clamp(0, x.shape[1] - 1)) == policies.NEG_INF, -1)
+    if config.policy == "sparsemixer":
+        weights, ids = policies.sparsemixer(_torch._transform(x, config), config, training, generator, ids)
+        return x, ids, weights, load
     if ids is not None:
         return x, ids, None, load
-    if config.policy == "sparsemixer":
-        weights, ids = policies.sparsemixer(x if x.dtype == torch.float64 else x.float(), config, training, generator)
-        return x, ids, weights * config.scale, load
-    if config.policy in policies.CHOOSE:
+    if config.policy in policies.CHOOSE and (training or config.policy != "sinkhorn"):
         with torch.no_grad():
-            z = _torch._transform(choice, config)
-            ids = policies.CHOOSE[config.policy](z, config, bias=bias, training=training)
+            ids = policies.CHOOSE[config.policy](_torch._transform(choice, config), config, bias=bias)
         return x, ids, None, load
     if choice is not x:
         with torch.no_grad():
@@ -189,6 +213,8 @@ def _check(who, logits, config, bias, expert_scale, ids, token_mask, expert_mask
     candidates = columns - config.shared_logits
     if bias is not None:
         check_shape(who, "bias", bias, (candidates,))
+        if config.policy in ("sinkhorn", "sparsemixer"):
+            raise ValueError(f"{who}: bias must be None with policy={config.policy!r}, which has no place for it.")
     if expert_scale is not None and expert_scale.shape != (1,):
         check_shape(who, "expert_scale", expert_scale, (candidates,), "or (1,)")
     if token_mask is not None:
@@ -199,14 +225,18 @@ def _check(who, logits, config, bias, expert_scale, ids, token_mask, expert_mask
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"{who}: {name} must be bool, got {mask.dtype}; compare it, as in mask > 0.")
     if ids is not None:
-        check_shape(who, "ids", ids, (T, config.max_choices or candidates if config.policy == "expert_choice" else
-                                      config.top_k), "one expert for each choice")  # fmt: skip
-        if ids.is_floating_point() or ids.dtype == torch.bool:
+        width = min(config.max_choices or candidates, candidates)
+        width = width if config.policy == "expert_choice" else config.top_k
+        check_shape(who, "ids", ids, (T, width), "one expert for each choice")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"{who}: ids must be integers, got {ids.dtype}; convert it with .int().")
     if config.noise == "noisy_topk" and training:
         if noise_logits is None:
             raise ValueError(f"{who}: noise='noisy_topk' needs noise_logits of shape {(T, candidates)}, got None.")
         check_shape(who, "noise_logits", noise_logits, (T, candidates))
+    for name, tensor in (("bias", bias), ("expert_scale", expert_scale), ("noise_logits", noise_logits)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{who}: {name} must be floating point, got {tensor.dtype}; convert it with .float().")
     tensors = dict(bias=bias, expert_scale=expert_scale, ids=ids, token_mask=token_mask, expert_mask=expert_mask,
                    noise_logits=noise_logits)  # fmt: skip
     for name, tensor in tensors.items():
@@ -235,6 +265,13 @@ def _check_values(who: str, logits: Tensor, config: RouterConfig, ids, expert_ma
                 f"{who}: expert_mask must leave at least top_k={config.top_k} experts to each token, got {left}; "
                 "lower top_k or unmask more (token_mask leaves a whole token out)."
             )
+    candidates = logits.shape[1] - config.shared_logits
+    if ids is not None and bool((stray := (ids < -1) | (ids >= candidates)).any()):
+        t, k = stray.nonzero()[0].tolist()
+        raise ValueError(
+            f"{who}: ids must lie in [-1, {candidates}), got {int(ids[t, k])} at token {t}, choice {k}; use -1 for a "
+            "slot to leave out."
+        )
     if ids is not None and ids.shape[1] > 1:
         row = ids.sort(-1).values
         twice = (row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)

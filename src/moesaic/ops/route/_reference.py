@@ -47,11 +47,14 @@ def _choose(z: Tensor, bias: list[float] | None, config) -> list[int]:
     """The experts of one token; -1 for a choice that finds none."""
     E = z.shape[0]
     on_logits = config.order == "post" or config.bias_on == "logits"
+    # softmax keeps the order of z, which tells also those apart whose probabilities round to one number
+    on_logits |= config.score == "softmax" and bias is None and config.num_groups == 1
     choice = (z if on_logits else _score(z, config.score)).tolist()
     choice = [-math.inf if v == -math.inf else c for c, v in zip(choice, z.tolist(), strict=True)]
     if bias is not None:
         choice = [c + b for c, b in zip(choice, bias, strict=True)]
     if config.num_groups > 1:
+        choice = [torch.finfo(torch.float64).min if math.isnan(c) else c for c in choice]
         size = E // config.num_groups
         groups = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(config.num_groups)]
         values = [g[0] if config.group_score == "max" else g[0] + g[1] for g in groups]
@@ -99,10 +102,11 @@ def route(logits, bias, ids, config, num_experts, sequences, statistics):
         chosen = [_choose(z, bias, config) for z in rows]
     else:
         chosen = [[e if 0 <= e < E else -1 for e in row] for row in ids.tolist()]
-    weights = torch.zeros(T, config.top_k, dtype=torch.float64, device=logits.device)
+    K = config.top_k if ids is None else ids.shape[1]
+    weights = torch.zeros(T, K, dtype=torch.float64, device=logits.device)
     for t, z in enumerate(rows):
         weights[t] = _weights(z, chosen[t], config)
-    ids = torch.tensor(chosen, dtype=torch.int32, device=logits.device).reshape(T, config.top_k)
+    ids = torch.tensor(chosen, dtype=torch.int32, device=logits.device).reshape(T, K)
     tables = expert_index(torch.where(ids < num_experts, ids, -1), num_experts)
     if not statistics:
         empty = weights.new_empty(0).to(dtype)

@@ -63,11 +63,14 @@ def _topk(values: Tensor, k: int) -> Tensor:
 
 def _choose(z: Tensor, scores: Tensor, bias: Tensor | None, config) -> Tensor:
     T, E = z.shape
-    choice = z if config.bias_on == "logits" else scores
+    # softmax keeps the order of z, which tells also those apart whose probabilities round to one number
+    ordered = config.score == "softmax" and bias is None and config.num_groups == 1
+    choice = z if ordered or config.bias_on == "logits" else scores
     if bias is not None:
         choice = choice + bias.to(z.dtype)
     gone = (z == NEG_INF) | (choice == NEG_INF)
     if config.num_groups > 1:
+        choice = choice.nan_to_num(torch.finfo(choice.dtype).min, torch.inf, NEG_INF)
         grouped = choice.view(T, config.num_groups, E // config.num_groups)
         grouped = grouped.masked_fill(gone.view(grouped.shape), NEG_INF)
         best = grouped.topk(1 if config.group_score == "max" else 2, -1).values.sum(-1)
@@ -134,9 +137,9 @@ def _statistics(z: Tensor, scores: Tensor, ids: Tensor, config, sequences: int, 
     return p, lse, choices[:, :E].contiguous()
 
 
-def _logsumexp(z: Tensor) -> Tensor:
-    """0 for a row of nothing but -inf: a masked token."""
-    lse = torch.logsumexp(z, -1)
+def _logsumexp(z: Tensor, dim: int | None = None) -> Tensor:
+    """0 for a row of nothing but -inf: a masked token. Along `dim` (by default the last) kept as a dimension."""
+    lse = torch.logsumexp(z, -1 if dim is None else dim, keepdim=dim is not None)
     return lse.masked_fill(lse == NEG_INF, 0.0)
 
 

@@ -8,19 +8,19 @@ and the earlier ranges' counts. A batch that fits one range needs the first laun
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from ._triton_index import _count_kernel, _index_kernel
-from ._triton_route import _route_backward_kernel, _route_kernel
+from ._triton_route import _route_backward_kernel, _route_kernel, _weigh_kernel
 from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
-TILE = 8192  # lanes × tokens that one program holds in registers at a time
 RANGES = 132  # programs: each reads every range's counts, so that more of them would cost more than they hide
+BLOCK = 128  # slots that are compared each with each
 
 
 def why_not(problem) -> str | None:
@@ -50,20 +50,28 @@ class _Cut:
     def numbers(self) -> tuple[int, int, int]:
         return self.per_sequence, self.ranges, self.per_range
 
+    def of_slots(self, top_k: int) -> _Cut:
+        """The same in slots."""
+        return replace(self, per_sequence=self.per_sequence * top_k, per_range=self.per_range * top_k)
+
 
 def _cut(T: int, S: int, lanes: int, statistics: bool = False) -> _Cut:
-    N = T // S
-    # the sums take registers too, and so does the triangle of block × block
-    most = min(64, max(16, TILE // (2 if statistics else 1) // lanes))
-    if S == 1 and T <= most:
-        wanted = block = max(16, pow2(T))
-    else:
-        wanted = ceil_div(T, RANGES)
-        block = min(max(16, pow2(wanted)), most)
+    """Measured on an H200 (2026-11-23): a thread holds 16 lanes where latency counts, 32 where throughput does."""
+    N, per_thread = T // S, 32 if T * lanes >= 1 << 20 and not statistics else 16
+    # what 64 Ki registers hold; the sums take some too, and so does the triangle of block × block
+    most = min(64, max(16, (4096 if statistics else 8192) // lanes))
+    wanted = T if S == 1 and T <= 16 else ceil_div(T, RANGES)
+    block = min(max(16, pow2(wanted)), most)
     per_range = max(1, min(ceil_div(wanted, block) * block, N))
     ranges = ceil_div(N, per_range)
-    warps = min(16, max(1, block * lanes // 512))
-    return _Cut(N, ranges, per_range, S * ranges, block, warps)
+    return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * lanes // (32 * per_thread))))
+
+
+def _cut_slots(total: int) -> _Cut:
+    per_range = max(1, ceil_div(ceil_div(total, RANGES), BLOCK)) * BLOCK
+    ranges = ceil_div(total, per_range)
+    block = BLOCK if ranges > 1 else max(16, pow2(total))
+    return _Cut(total, ranges, per_range if ranges > 1 else total, ranges, block, 4)
 
 
 def _lanes(E: int, groups: int = 1) -> tuple[int, int]:
@@ -82,42 +90,55 @@ def _scoring(config) -> tuple:
 
 @functools.lru_cache(maxsize=4096)
 def _route_launch(
-    dtypes: tuple, T: int, E: int, num_experts: int, K: int, stride: int, S: int, statistics: bool, config
-) -> tuple[Launch, _Cut]:
-    """Kept apart by all that the compiled kernel depends on: `dtypes` are those of logits, bias and given ids."""
+    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
+) -> tuple[Launch, _Cut, _Cut]:
+    """The launch, its cut, and the same of slots. Kept apart by all that the compiled kernel depends on: `dtypes` are
+    those of logits and bias."""
     group_lanes, lanes = _lanes(E, config.num_groups)
     cut = _cut(T, S, lanes, statistics)
     constants = (
-        E, num_experts, K, pow2(K), config.num_groups, group_lanes, lanes, config.topk_groups,
-        config.group_score == "top2_sum", config.group_mask_value, *_scoring(config), dtypes[1] is not None,
+        E, K, pow2(K), config.num_groups, group_lanes, lanes, config.topk_groups, config.group_score == "top2_sum",
+        config.group_mask_value, *_scoring(config), dtypes[1] is not None,
         config.order == "post" or config.bias_on == "logits", (*("topk",), *RAGGED).index(config.policy),
-        config.threshold, dtypes[2] is not None, statistics, cut.single, cut.block,
+        config.threshold, statistics, cut.single, cut.block,
     )  # fmt: skip
-    return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
+    return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut, cut.of_slots(K)
 
 
 @functools.lru_cache(maxsize=4096)
-def _count_launch(dtype: torch.dtype, T: int, E: int, K: int) -> tuple[Launch, _Cut]:
+def _weigh_launch(
+    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
+) -> tuple[Launch, _Cut]:
+    """The same for given ids; `dtypes` are those of logits and ids."""
     _, lanes = _lanes(E)
-    cut = _cut(T, 1, lanes)
-    constants = (E, lanes, K, pow2(K), cut.single, cut.block)
-    return Launch(_count_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
+    cut = _cut(T, S, lanes, statistics)
+    constants = (E, K, pow2(K), lanes, *_scoring(config), statistics, cut.block)
+    return Launch(_weigh_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
 
 
 @functools.lru_cache(maxsize=4096)
-def _index_launch(columns: int, num_experts: int, K: int, programs: int, slots: int) -> Launch:
-    _, lanes = _lanes(num_experts)
-    chunk = min(max(1, 8192 // lanes), pow2(programs))
-    block = min(1024, max(16, pow2(slots)))
-    return Launch(_index_kernel, (programs, 1, 1), (columns, num_experts, lanes, K, chunk, block), 8)
+def _count_launch(dtype: torch.dtype, total: int, E: int) -> tuple[Launch, _Cut]:
+    cut = _cut_slots(total)
+    constants = (E, _lanes(E)[1], cut.single, cut.block)
+    return Launch(_count_kernel, (cut.programs, 1, 1), constants, 8 if cut.block == BLOCK else 4), cut
+
+
+@functools.lru_cache(maxsize=4096)
+def _index_launch(E: int, cut: _Cut) -> Launch:
+    """`cut` is one of slots."""
+    _, lanes = _lanes(E)
+    chunk = max(1, min(16384 // lanes, pow2(cut.programs)))
+    block = min(2048, max(16, pow2(cut.per_range)))
+    warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
+    return Launch(_index_kernel, (cut.programs, 1, 1), (E, lanes, chunk, block), warps)
 
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launch(dtype: torch.dtype, T: int, E: int, K: int, stride: int, statistics: bool, config) -> Launch:
     _, lanes = _lanes(E)
     block = max(1, 4096 // lanes)
-    constants = (E, lanes, K, pow2(K), *_scoring(config), statistics, block)
-    return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants)
+    constants = (E, K, lanes, *_scoring(config), statistics, block)
+    return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants, 8)
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -125,14 +146,14 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tenso
 
 
 class _Tables:
-    """The index tables' memory, and what passes from the first launch to the second."""
+    """The index tables' memory, and what passes from the first launch to the second; `cut` is one of slots."""
 
-    def __init__(self, like: Tensor, T: int, K: int, columns: int, num_experts: int, cut: _Cut, statistics: bool):
-        self.columns, self.num_experts, self.cut = columns, num_experts, cut
-        self.tokens, self.offsets = _empty(like, num_experts), _empty(like, num_experts + 1)
-        self.order, self.index = _empty(like, T * K), _empty(like, T * K)
-        self.places = None if cut.single else _empty(like, T, K)
-        self.counts = None if cut.single and not statistics else _empty(like, cut.programs, columns + 1)
+    def __init__(self, like: Tensor, total: int, E: int, cut: _Cut, statistics: bool = False):
+        self.E, self.cut = E, cut
+        self.tokens, self.offsets = _empty(like, E), _empty(like, E + 1)
+        self.order, self.index = _empty(like, total), _empty(like, total)
+        self.places = None if cut.single else _empty(like, total)
+        self.counts = None if cut.single and not statistics else _empty(like, cut.programs, E + 1)
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
@@ -141,24 +162,19 @@ class _Tables:
     def finish(self, ids: Tensor) -> None:
         """The second launch, where one is needed."""
         if not self.cut.single:
-            K = ids.shape[1]
-            launch = _index_launch(self.columns, self.num_experts, K, self.cut.programs, self.cut.per_range * K)
-            launch((ids, self.places, self.counts, *self.pointers), (*self.cut.numbers, self.cut.programs))
-
-
-def _no_tokens(like: Tensor, K: int, num_experts: int):
-    return (_empty(like, 0, K), _empty(like, num_experts).zero_(), _empty(like, num_experts + 1).zero_(),
-            _empty(like, 0), _empty(like, 0))  # fmt: skip
+            numbers = (*self.cut.numbers, self.cut.programs)
+            _index_launch(self.E, self.cut)((ids, self.places, self.counts, *self.pointers), numbers)
 
 
 def expert_index(topk_ids: Tensor, num_experts: int):
     given = topk_ids.contiguous()
-    T, K = given.shape
-    if T * K == 0:
-        return _no_tokens(given, K, num_experts)[0].view(T, K), *_no_tokens(given, K, num_experts)[1:]
-    launch, cut = _count_launch(given.dtype, T, num_experts, K)
-    tables, ids = _Tables(given, T, K, num_experts, num_experts, cut, False), _empty(given, T, K)
-    launch((given, ids, tables.places, tables.counts, *tables.pointers), (T, cut.per_range))
+    total, ids = given.numel(), _empty(given, *given.shape)
+    if total == 0:
+        tables = _Tables(ids, 0, num_experts, _cut_slots(1))
+        return ids, tables.tokens.zero_(), tables.offsets.zero_(), tables.order, tables.index
+    launch, cut = _count_launch(given.dtype, total, num_experts)
+    tables = _Tables(ids, total, num_experts, cut)
+    launch((given, ids, tables.places, tables.counts, *tables.pointers), (total, cut.per_range))
     tables.finish(ids)
     return ids, *tables.pointers
 
@@ -166,30 +182,37 @@ def expert_index(topk_ids: Tensor, num_experts: int):
 def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_experts: int, sequences: int,
           statistics: bool):  # fmt: skip
     logits = unit_rows(logits)
-    (T, E), f32 = logits.shape, torch.float32
+    (T, E), S, stride, f32 = logits.shape, sequences, logits.stride(0), torch.float32
     K = config.top_k if ids is None else ids.shape[1]
+    weights, given, ids = _empty(logits, T, K, dtype=f32), ids, _empty(logits, T, K)
     if T * K == 0:
-        sums = logits.new_zeros((sequences, E) if statistics else (0,), dtype=f32)
-        squares = logits.new_zeros((sequences,) if statistics else (0,), dtype=f32)
-        return (logits.new_zeros((T, K), dtype=f32), *_no_tokens(logits, K, num_experts), sums, squares,
-                torch.zeros_like(sums, dtype=torch.int32))  # fmt: skip
-    given = None if ids is None else ids.contiguous()
-    stride = logits.stride(0)
-    dtypes = (logits.dtype, None if bias is None else bias.dtype, None if given is None else given.dtype)
-    launch, cut = _route_launch(dtypes, T, E, num_experts, K, stride, sequences, statistics, config)
-    weights, ids = _empty(logits, T, K, dtype=f32), _empty(logits, T, K)
-    tables = _Tables(ids, T, K, E, num_experts, cut, statistics)
+        shape = (S, E) if statistics else (0,)
+        sums, squares = logits.new_zeros(shape, dtype=f32), logits.new_zeros(shape[:1], dtype=f32)
+        return weights, *expert_index(ids, num_experts), sums, squares, torch.zeros_like(sums, dtype=torch.int32)
+    if given is None:
+        dtypes = (logits.dtype, None if bias is None else bias.dtype)
+        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config)
+    else:
+        launch, cut = _weigh_launch((logits.dtype, given.dtype), T, E, K, stride, S, statistics, config)
     sums = squares = None
     if statistics:
         sums, squares = _empty(weights, cut.programs, E, dtype=f32), _empty(weights, cut.programs, dtype=f32)
-    pointers = (logits, bias, given, weights, ids, tables.places, tables.counts, sums, squares, *tables.pointers)
-    launch(pointers, (stride, *cut.numbers))
-    tables.finish(ids)
-    if sums is None or squares is None or tables.counts is None:
-        return weights, ids, *tables.pointers, weights.new_empty(0), weights.new_empty(0), ids.new_empty(0)
-    shape = (sequences, cut.ranges)
-    choices = tables.counts.view(*shape, E + 1).sum(1, dtype=torch.int32)[:, :E].contiguous()
-    return weights, ids, *tables.pointers, sums.view(*shape, E).sum(1), squares.view(shape).sum(1), choices
+    if given is None:
+        made = _Tables(ids, T * K, E, slots, statistics)
+        counts, tables = made.counts, made.pointers
+        launch((logits, bias, weights, ids, made.places, counts, sums, squares, *tables), (stride, *cut.numbers))
+        if num_experts == E:
+            made.finish(ids)
+    else:
+        counts, tables = (_empty(ids, cut.programs, E + 1) if statistics else None), ()
+        launch((logits, given.contiguous(), weights, ids, counts, sums, squares), (stride, *cut.numbers))
+    if given is not None or num_experts < E:  # the choice is not the kernel's, or some experts have no rows
+        _, *tables = expert_index(ids, num_experts)
+    if sums is None or squares is None or counts is None:
+        return weights, ids, *tables, weights.new_empty(0), weights.new_empty(0), ids.new_empty(0)
+    shape = (S, cut.ranges)
+    choices = counts.view(*shape, E + 1).sum(1, dtype=torch.int32)[:, :E].contiguous()
+    return weights, ids, *tables, sums.view(*shape, E).sum(1), squares.view(shape).sum(1), choices
 
 
 def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tensor, ids: Tensor, config,

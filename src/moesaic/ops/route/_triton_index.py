@@ -9,88 +9,77 @@ from ...hardware import tl, triton
 
 
 @triton.jit
-def number(
-    lanes, live, taken, repeats, running, dead_running, alive_t, BT: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr
-):  # fmt: skip
-    """`(places, running, dead_running)`: how many slots of its expert, or dead slots, stand before each slot.
+def number(taken, BT: tl.constexpr):
+    """For each token and lane, the lane's slots of earlier tokens; `taken` (BT, LANES) counts those of each token.
 
-    `taken` (BT, LANES) counts each token's slots by expert, `repeats` (BT, K) the earlier ones of the same token. The
-    sums over earlier tokens are a product with a triangle of ones: exact, since a half holds integers to 2048 and the
-    accumulator is fp32.
+    A product with a triangle of ones: exact, since a half holds integers to 2048 and the accumulator is fp32.
     """
     t = tl.arange(0, BT)
-    triangle = (t[:, None] > t[None, :]).to(tl.float16)
-    before = tl.dot(triangle, taken.to(tl.float16), out_dtype=tl.float32).to(tl.int32) + running[None, :]
-    place = tl.gather(before, lanes, 1) + repeats
-    k = tl.arange(0, K_POW2)
-    dead = ((k[None, :] < K) & alive_t[:, None] & ~live).to(tl.int32)
-    each = tl.sum(dead, 1)
-    place_dead = (dead_running + tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(dead, 1) - dead
-    return tl.where(live, place, place_dead), running + tl.sum(taken, 0), dead_running + tl.sum(each, 0)
+    earlier = (t[:, None] > t[None, :]).to(tl.float16)
+    return tl.dot(earlier, taken.to(tl.float16), out_dtype=tl.float32).to(tl.int32)
 
 
 @triton.jit
-def tally(lanes, live, BT: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr):
-    """`(taken, repeats)` of any ids, which may name an expert twice."""
-    lane = tl.arange(0, LANES)[None, :]
-    k_lane = tl.arange(0, K_POW2)[None, :]
-    taken = tl.zeros((BT, LANES), tl.int32)
-    repeats = tl.zeros((BT, K_POW2), tl.int32)
-    for k in tl.range(0, K):
-        mine = tl.sum(tl.where((k_lane == k) & live, lanes + 1, 0), 1)[:, None] - 1  # -1: a dead slot
-        taken += (lane == mine).to(tl.int32)
-        repeats += ((lanes == mine) & live & (k_lane > k)).to(tl.int32)
-    return taken, repeats
+def pick(values, ids, K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """`values[t, ids[t, k]]` in column k; anything where ids is negative."""
+    if LANES <= 256:
+        return tl.gather(values, tl.maximum(ids, 0), 1)
+    lanes, k_lane = tl.arange(0, LANES)[None, :], tl.arange(0, WIDTH)[None, :]
+    out = tl.zeros(ids.shape, values.dtype)
+    for k in tl.range(0, K):  # a gather's shuffles grow with the square of the lanes
+        mine = tl.sum(tl.where(k_lane == k, ids, 0), 1)
+        out = tl.where(k_lane == k, tl.sum(tl.where(lanes == mine[:, None], values, 0), 1)[:, None], out)
+    return out
 
 
 @triton.jit
-def write_tables(
-    lanes, live, place, start, total, slots, inside, tokens_ptr, offsets_ptr, order_ptr, index_ptr, expert, is_expert,
-    counts, BT: tl.constexpr, LANES: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-):  # fmt: skip
-    """The tables of a batch of one range."""
+def starts(counts, tokens_ptr, offsets_ptr, expert, is_expert, E: tl.constexpr):
+    """`(each expert's first row, number of rows)`, written out as tables too."""
+    start = tl.cumsum(counts, 0) - counts
+    total = tl.sum(counts, 0)
     tl.store(tokens_ptr + expert, counts, mask=is_expert)
     tl.store(offsets_ptr + expert, start, mask=is_expert)
-    tl.store(offsets_ptr + NUM_EXPERTS, total)
-    first = tl.gather(tl.broadcast_to(start[None, :], (BT, LANES)), lanes, 1)
-    row = place + tl.where(live, first, total)
-    tl.store(order_ptr + row, slots, mask=inside)
-    tl.store(index_ptr + slots, tl.where(live, row, -1), mask=inside)
+    tl.store(offsets_ptr + E, total)
+    return start, total
 
 
-@triton.jit(do_not_specialize=["T", "per_range"])
+@triton.jit(do_not_specialize=["total", "per_range"])
 def _count_kernel(
-    given_ptr, ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, T, per_range,
-    E: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr, SINGLE: tl.constexpr, BT: tl.constexpr,
+    given_ptr, ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, total, per_range,
+    E: tl.constexpr, LANES: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One range of ids from outside: clean them, number their slots; what is not an expert is dropped."""
+    """One range of slots from outside: clean their ids, number them; what is not an expert is dropped.
+
+    Slots of a block are compared each with each, so that ids may repeat and the cost does not grow with E.
+    """
     program = tl.program_id(0)
     begin = program * per_range
-    end = tl.minimum(T, begin + per_range)
+    end = tl.minimum(total, begin + per_range)
     lane = tl.arange(0, LANES)
-    k_lane = tl.arange(0, K_POW2)[None, :]
+    i = tl.arange(0, BLOCK)
     running = tl.zeros((LANES,), tl.int32)
     dead_running = tl.zeros((), tl.int32)
-    for chunk in range(begin, end, BT):
-        token = chunk + tl.arange(0, BT)
-        alive_t = token < end
-        inside = alive_t[:, None] & (k_lane < K)
-        slots = token[:, None] * K + k_lane
-        slots64 = token.to(tl.int64)[:, None] * K + k_lane
-        wide = tl.load(given_ptr + slots64, mask=inside, other=-1)
-        live = (wide >= 0) & (wide < E)
-        ids = tl.where(live, wide, 0).to(tl.int32)
-        tl.store(ids_ptr + slots64, tl.where(live, ids, -1), mask=inside)
-        taken, repeats = tally(ids, live, BT, LANES, K, K_POW2)
-        place, running, dead_running = number(ids, live, taken, repeats, running, dead_running, alive_t, BT, K, K_POW2)
+    for block in range(begin, end, BLOCK):
+        slots = block + i
+        inside = slots < end
+        given = tl.load(given_ptr + slots, mask=inside, other=-1)
+        live = (given >= 0) & (given < E)
+        ids = tl.where(live, given, -1).to(tl.int32)
+        tl.store(ids_ptr + slots, ids, mask=inside)
+        counts = tl.histogram(tl.where(live, ids, 0), LANES)
+        counts -= tl.where(lane == 0, tl.sum((~live).to(tl.int32), 0), 0)  # dead slots were counted as expert 0
+        if SINGLE:  # the first row of an expert is where its slots' numbers start
+            running, dead_running = starts(counts, tokens_ptr, offsets_ptr, lane, lane < E, E)
+        twins = (ids[:, None] == ids[None, :]) & (i[:, None] > i[None, :])
+        first = tl.where(live, tl.gather(running, tl.maximum(ids, 0), 0), dead_running)
+        row = first + tl.sum(twins.to(tl.int32), 1)
         if SINGLE:
-            start = tl.cumsum(running, 0) - running
-            write_tables(
-                ids, live, place, start, tl.sum(running, 0), slots, inside, tokens_ptr, offsets_ptr, order_ptr,
-                index_ptr, lane, lane < E, running, BT, LANES, E,
-            )  # fmt: skip
+            tl.store(order_ptr + row, slots, mask=inside)
+            tl.store(index_ptr + slots, tl.where(live, row, -1), mask=inside)
         else:
-            tl.store(places_ptr + slots64, place, mask=inside)
+            tl.store(places_ptr + slots, row, mask=inside)
+        running += counts
+        dead_running += tl.sum((inside & ~live).to(tl.int32), 0)
     if not SINGLE:
         tl.store(counts_ptr + program * (E + 1) + lane, running, mask=lane < E)
         tl.store(counts_ptr + program * (E + 1) + E, dead_running)
@@ -100,10 +89,9 @@ def _count_kernel(
 def _index_kernel(
     ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr,
     per_sequence, ranges, per_range, programs,
-    COLUMNS: tl.constexpr, NUM_EXPERTS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    E: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One range: rows from the slots' places, after the experts' starts and the earlier ranges' counts."""
+    """One range of slots: rows from their places, after the experts' starts and the earlier ranges' counts."""
     program = tl.program_id(0)
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES,), tl.int32)
@@ -111,28 +99,22 @@ def _index_kernel(
     dead = tl.zeros((), tl.int32)
     for chunk in range(0, programs, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
-        inside = other < programs
-        ptrs = counts_ptr + other[:, None] * (COLUMNS + 1) + lane[None, :]
-        counts = tl.load(ptrs, mask=inside[:, None] & (lane < NUM_EXPERTS)[None, :], other=0)
+        inside, earlier = other < programs, other < program
+        ptrs = counts_ptr + other[:, None] * (E + 1) + lane[None, :]
+        counts = tl.load(ptrs, mask=inside[:, None] & (lane < E)[None, :], other=0)
         total += tl.sum(counts, 0)
-        before += tl.sum(tl.where(other[:, None] < program, counts, 0), 0)
-        earlier = other < program
-        dead += tl.sum(tl.load(counts_ptr + other * (COLUMNS + 1) + COLUMNS, mask=earlier & inside, other=0), 0)
-    start = tl.cumsum(total, 0) - total
-    live_rows = tl.sum(total, 0)
-    if program == 0:
-        tl.store(tokens_ptr + lane, total, mask=lane < NUM_EXPERTS)
-        tl.store(offsets_ptr + lane, start, mask=lane < NUM_EXPERTS)
-        tl.store(offsets_ptr + NUM_EXPERTS, live_rows)
+        before += tl.sum(tl.where(earlier[:, None], counts, 0), 0)
+        dead += tl.sum(tl.load(counts_ptr + other * (E + 1) + E, mask=earlier, other=0), 0)
+    start, live_rows = starts(total, tokens_ptr, offsets_ptr, lane, (lane < E) & (program == 0), E)
     base = start + before
     end = (program // ranges + 1) * per_sequence
     begin = end - per_sequence + program % ranges * per_range
     end = tl.minimum(end, begin + per_range)
-    for block in range(begin * K, end * K, BLOCK):
+    for block in range(begin, end, BLOCK):
         slots = block + tl.arange(0, BLOCK)
-        inside = slots < end * K
+        inside = slots < end
         ids = tl.load(ids_ptr + slots, mask=inside, other=-1)
-        live = (ids >= 0) & (ids < NUM_EXPERTS)
+        live = (ids >= 0) & (ids < E)
         first = tl.where(live, tl.gather(base, tl.where(live, ids, 0), 0), live_rows + dead)
         row = first + tl.load(places_ptr + slots, mask=inside, other=0)
         tl.store(order_ptr + row, slots, mask=inside)

@@ -1,36 +1,41 @@
 """Kernels of the router: from logits to choices, weights, places and loss sums in one pass, and back in one.
 
-Legend: a *lane* holds one expert; with groups, lanes are padded so that each group has a power of two of them.
+Legend: a *lane* holds one expert; with groups, lanes are padded so that each group has a power of two of them. All
+of a token's values live in one layout, a row of lanes, because a change of layout costs more than idle lanes.
 """
 
 from __future__ import annotations
 
 from ...hardware import tl, triton
-from ._triton_index import number, tally, write_tables
+from ._triton_index import number, pick, starts
 from ._triton_scores import (
+    GONE,
+    NAN_KEY,
     NEG_INF,
     TAKEN,
-    argmax,
     derivative,
     elementwise,
     exp_rows,
+    expert_of,
     keep_groups,
     key_of,
+    load_rows,
     transform_logits,
+    value_of,
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range"])
 def _route_kernel(
-    logits_ptr, bias_ptr, given_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
     tokens_ptr, offsets_ptr, order_ptr, index_ptr,
     stride_t, per_sequence, ranges, per_range,
-    E: tl.constexpr, NUM_EXPERTS: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_LANES: tl.constexpr, LANES: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
     MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, GIVEN: tl.constexpr,
-    STATISTICS: tl.constexpr, SINGLE: tl.constexpr, BT: tl.constexpr,
+    ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """One range of one sequence: score, choose, weigh, number the slots, sum what the losses need."""
     program = tl.program_id(0)
@@ -39,9 +44,11 @@ def _route_kernel(
     end = tl.minimum(end, begin + per_range)
     lane = tl.arange(0, LANES)
     SIZE: tl.constexpr = E // GROUPS
-    expert = lane // GROUP_LANES * SIZE + lane % GROUP_LANES
-    is_lane = (lane % GROUP_LANES < SIZE) & (expert < E)
-    k_lane = tl.arange(0, K_POW2)[None, :]
+    expert, is_lane = expert_of(lane, E, SIZE, GROUP_LANES)
+    lanes = lane[None, :]
+    # as wide as a piece of the rows, so that threads hold the same tokens of both
+    WIDTH: tl.constexpr = K_POW2 if K_POW2 > 32 else 32
+    k_lane = tl.arange(0, WIDTH)[None, :]
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert, mask=is_lane, other=0.0).to(tl.float32)
@@ -52,112 +59,119 @@ def _route_kernel(
     for chunk in range(begin, end, BT):
         token = chunk + tl.arange(0, BT)
         alive_t = token < end
-        row_ptr = logits_ptr + token.to(tl.int64)[:, None] * stride_t
-        x = tl.load(row_ptr + expert[None, :], mask=alive_t[:, None] & is_lane[None, :], other=NEG_INF).to(tl.float32)
+        x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, SIZE, GROUP_LANES, LANES)
         z = transform_logits(x, MULTIPLIER, CAP)
 
         # score
-        NORMALISED: tl.constexpr = SCORE == 0 or SCORE == 3  # the probabilities are a softmax
-        if SCORE == 0 or RAGGED > 0 or STATISTICS:
+        SOFTMAX: tl.constexpr = SCORE == 0 or SCORE == 3  # the probabilities are a softmax
+        if (SCORE == 0 and not POST) or RAGGED > 0 or STATISTICS:
             e, top, total = exp_rows(z)
-        if SCORE > 0 and (not ON_LOGITS or STATISTICS or RAGGED == 1):
-            s = tl.where(x == NEG_INF, 0.0, elementwise(z, SCORE)) if SCORE != 3 else elementwise(z, SCORE)
-            if not NORMALISED:
+        if SCORE > 0:
+            s = elementwise(z, SCORE)
+            if SCORE < 3:
+                s = tl.where(x == NEG_INF, 0.0, s)
+        if RAGGED == 1 or STATISTICS:
+            if SOFTMAX:
+                p = e / total[:, None]
+            else:
                 s_total = tl.sum(s, 1)
-                s_total = tl.where(s_total == 0, 1.0, s_total)
+                p = s / tl.where(s_total == 0, 1.0, s_total)[:, None]
 
         # choose
-        if GIVEN:
-            ids = tl.load(given_ptr + token.to(tl.int64)[:, None] * K + k_lane,
-                          mask=alive_t[:, None] & (k_lane < K), other=-1).to(tl.int32)  # fmt: skip
-            live = (ids >= 0) & (ids < E)
-            ids = tl.where(live, ids, 0)
-            lanes = ids // SIZE * GROUP_LANES + ids % SIZE
+        if ON_LOGITS:
+            choice = z
+        elif SCORE > 0:
+            choice = s
+        elif HAS_BIAS or GROUPS > 1:
+            choice = e / total[:, None]
         else:
-            if ON_LOGITS:
-                choice = z
-            elif SCORE > 0:
-                choice = s
-            elif HAS_BIAS or GROUPS > 1:
-                choice = e / total[:, None]
-            else:
-                choice = z  # softmax keeps the order
-            choice = tl.where(x == NEG_INF, NEG_INF, choice + bias[None, :])
-            if GROUPS > 1:
-                choice = keep_groups(choice, BT, LANES, GROUPS, GROUP_LANES, KEPT, TOP2, MASK_VALUE)
-            key = tl.where(is_lane[None, :], key_of(choice), TAKEN)
-            lanes = tl.zeros((BT, K_POW2), tl.int32)
-            found = tl.zeros((BT, K_POW2), tl.int1)
-            taken_now = tl.zeros((BT, LANES), tl.int1)
-            for k in tl.range(0, K):
-                best, here = argmax(key)
-                ok = best > TAKEN
-                lanes = tl.where(k_lane == k, here[:, None], lanes)
-                found = found | ((k_lane == k) & ok[:, None])
-                hit = (lane[None, :] == here[:, None]) & ok[:, None]
-                taken_now = taken_now | hit
-                key = tl.where(hit, TAKEN, key)
-            live = found & alive_t[:, None]
-            ids = lanes // GROUP_LANES * SIZE + lanes % GROUP_LANES
-        chosen = transform_logits(tl.load(row_ptr + ids, mask=live, other=NEG_INF).to(tl.float32), MULTIPLIER, CAP)
+            choice = z  # softmax keeps the order
+        # what a choice's weight is made from; with nothing added to it, the choice's key holds it
+        OF_LOGITS: tl.constexpr = SCORE == 0 or POST
+        SAME: tl.constexpr = not HAS_BIAS and GROUPS == 1 and (SCORE == 0 or ON_LOGITS == POST)
+        bits = (z if OF_LOGITS else s).to(tl.int32, bitcast=True)
+        if HAS_BIAS:
+            choice = choice + bias[None, :]
+        choice = tl.where(x == NEG_INF, NEG_INF, choice)
+        if GROUPS > 1:
+            choice = keep_groups(choice, BT, LANES, GROUPS, GROUP_LANES, KEPT, TOP2, MASK_VALUE)
+        key = tl.where(is_lane[None, :], key_of(choice), GONE)
         if RAGGED == 1:
-            if NORMALISED:
-                p = tl.exp(chosen - top[:, None]) / total[:, None]
-            else:
-                p = elementwise(chosen, SCORE) / s_total[:, None]
-            p = tl.where(live, p, 0.0)
-            live = live & (tl.cumsum(p, 1) - p < THRESHOLD)
+            mass = tl.zeros((BT,), tl.float32)
         if RAGGED == 2:
             away = tl.where(e > 0, e * (z - top[:, None]), 0.0)
             entropy = tl.log(total) - tl.sum(away, 1) / total
             most = tl.where(entropy < THRESHOLD, 1, tl.where(entropy < 2 * THRESHOLD, 2, K))
-            live = live & (k_lane < most[:, None])
+        ids = tl.full((BT, WIDTH), -1, tl.int32)
+        value = tl.zeros((BT, WIDTH), tl.float32)
+        for k in tl.range(0, K):
+            # two plain reductions of integers, for which NVIDIA's warps have an instruction
+            best = tl.max(key, 1)
+            here = tl.min(tl.where(key == best[:, None], lanes, LANES), 1)
+            found = best > TAKEN
+            if RAGGED == 1:
+                found = found & (mass < THRESHOLD)
+            if RAGGED == 2:
+                found = found & (k < most)
+            hit = (lanes == here[:, None]) & found[:, None]
+            if RAGGED == 1:
+                mass += tl.sum(tl.where(hit, p, 0.0), 1)
+            key = tl.where(hit, TAKEN, key)
+            put = (k_lane == k) & found[:, None]
+            ids = tl.where(put, here[:, None], ids)
+            if SAME:
+                mine = tl.where(best == NAN_KEY, float("nan"), value_of(best))
+            else:  # of one lane: a sum of integers, exact and quick
+                mine = tl.sum(tl.where(hit, bits, 0), 1).to(tl.float32, bitcast=True)
+            value = tl.where(put, mine[:, None], value)
+        taken = (key == TAKEN) & alive_t[:, None]
+        slot = token[:, None] * K + k_lane  # row numbers are int32, so slots are
+        inside = alive_t[:, None] & (k_lane < K)
+        live = inside & (ids >= 0)
+        at = tl.where(live, ids // GROUP_LANES * SIZE + ids % GROUP_LANES, -1)
+        tl.store(ids_ptr + slot, at, mask=inside)
 
         # weigh
         if POST and SCORE == 0:
-            _, top_k, total_k = exp_rows(tl.where(live, chosen, NEG_INF))
-            w = tl.exp(chosen - top_k[:, None]) / total_k[:, None]
+            w, _, total_taken = exp_rows(tl.where(live, value, NEG_INF))
+            w = w / total_taken[:, None]
         elif SCORE == 0:
-            w = tl.exp(chosen - top[:, None]) / total[:, None]
+            w = tl.exp(value - top[:, None]) / total[:, None]
+        elif POST:
+            w = elementwise(value, SCORE)
         else:
-            w = elementwise(chosen, SCORE)
+            w = value
         w = tl.where(live, w, 0.0)
         if RENORM:
             norm = tl.maximum(tl.sum(w, 1), MIN) + EPS
             w = w / tl.where(norm == 0, 1.0, norm)[:, None]
-        slots = token[:, None] * K + k_lane
-        inside = alive_t[:, None] & (k_lane < K)
-        slots64 = token.to(tl.int64)[:, None] * K + k_lane
-        tl.store(weights_ptr + slots64, w * SCALE, mask=inside)
-        tl.store(ids_ptr + slots64, tl.where(live, ids, -1), mask=inside)
+        tl.store(weights_ptr + slot, w * SCALE, mask=inside)
 
         # number
-        if GIVEN or RAGGED > 0:
-            taken, repeats = tally(lanes, live, BT, LANES, K, K_POW2)
-        else:
-            taken = (taken_now & alive_t[:, None]).to(tl.int32)
-            repeats = tl.zeros((BT, K_POW2), tl.int32)
-        routed = live & (ids < NUM_EXPERTS)
-        place, running, dead_running = number(
-            lanes, routed, taken, repeats, running, dead_running, alive_t, BT, K, K_POW2
-        )
+        count = taken.to(tl.int32)
+        counted = tl.sum(count, 0)
+        if SINGLE:  # the first row of an expert is where its slots' numbers start
+            running, dead_running = starts(counted, tokens_ptr, offsets_ptr, expert, is_lane, E)
+        place = pick(number(count, BT) + running[None, :], ids, K, LANES, WIDTH)
+        few = tl.where(alive_t, K - tl.sum(count, 1), 0)  # slots that found no expert
+        dead = tl.sum(few, 0)
+        first = tl.zeros((BT,), tl.int32)
+        if dead > 0:
+            earlier = tl.arange(0, BT)[:, None] > tl.arange(0, BT)[None, :]
+            first += dead_running + tl.sum(tl.where(earlier, few[None, :], 0), 1)
+        place = tl.where(live, place, (first + few)[:, None] + k_lane - K)
         if SINGLE:
-            is_expert = is_lane & (expert < NUM_EXPERTS)
-            counts = tl.where(is_expert, running, 0)
-            start = tl.cumsum(counts, 0) - counts
-            write_tables(
-                lanes, routed, place, start, tl.sum(counts, 0), slots, inside, tokens_ptr, offsets_ptr, order_ptr,
-                index_ptr, expert, is_expert, counts, BT, LANES, NUM_EXPERTS,
-            )  # fmt: skip
+            tl.store(order_ptr + place, slot, mask=inside)
+            tl.store(index_ptr + slot, tl.where(live, place, -1), mask=inside)
         else:
-            tl.store(places_ptr + slots64, place, mask=inside)
+            tl.store(places_ptr + slot, place, mask=inside)
+        running = counted if SINGLE else running + counted
+        dead_running += dead
 
         # sum
         if STATISTICS:
-            p = e / total[:, None] if NORMALISED else s / s_total[:, None]
             sums += tl.sum(tl.where(alive_t[:, None] & is_lane[None, :], p, 0.0), 0)
-            anything = tl.max(z, 1) != NEG_INF
-            lse = tl.where(alive_t & anything, top + tl.log(total), 0.0)
+            lse = tl.where(alive_t & (tl.max(z, 1) != NEG_INF), top + tl.log(total), 0.0)
             squares += tl.sum(lse * lse, 0)
     if not SINGLE or STATISTICS:
         tl.store(counts_ptr + program * (E + 1) + expert, running, mask=is_lane)
@@ -167,72 +181,137 @@ def _route_kernel(
         tl.store(squares_ptr + program, squares)
 
 
+@triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range"])
+def _weigh_kernel(
+    logits_ptr, given_ptr, weights_ptr, ids_ptr, counts_ptr, sums_ptr, squares_ptr,
+    stride_t, per_sequence, ranges, per_range,
+    E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr,
+    POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr,
+    MULTIPLIER: tl.constexpr, CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """The same for ids made elsewhere: clean them, weigh them, sum what the losses need."""
+    program = tl.program_id(0)
+    end = (program // ranges + 1) * per_sequence
+    begin = end - per_sequence + program % ranges * per_range
+    end = tl.minimum(end, begin + per_range)
+    lane = tl.arange(0, LANES)
+    k_lane = tl.arange(0, K_POW2)[None, :]
+    sums = tl.zeros((LANES,), tl.float32)
+    chosen_by = tl.zeros((LANES,), tl.int32)
+    squares = tl.zeros((), tl.float32)
+    for chunk in range(begin, end, BT):
+        token = chunk + tl.arange(0, BT)
+        alive_t = token < end
+        inside = alive_t[:, None] & (lane < E)[None, :]
+        row_ptr = logits_ptr + token.to(tl.int64)[:, None] * stride_t
+        slot = token.to(tl.int64)[:, None] * K + k_lane
+        ids = tl.load(given_ptr + slot, mask=alive_t[:, None] & (k_lane < K), other=-1)
+        live = (ids >= 0) & (ids < E)
+        ids = tl.where(live, ids, 0).to(tl.int32)
+        chosen = tl.load(row_ptr + ids, mask=live, other=NEG_INF).to(tl.float32)
+        chosen = transform_logits(chosen, MULTIPLIER, CAP)
+        if (SCORE == 0 and not POST) or STATISTICS:
+            x = tl.load(row_ptr + lane[None, :], mask=inside, other=NEG_INF).to(tl.float32)
+            z = transform_logits(x, MULTIPLIER, CAP)
+            e, top, total = exp_rows(z)
+        if POST and SCORE == 0:
+            e_chosen, _, total_chosen = exp_rows(chosen)
+            w = e_chosen / total_chosen[:, None]
+        elif SCORE == 0:
+            w = tl.exp(chosen - top[:, None]) / total[:, None]
+        else:
+            w = elementwise(chosen, SCORE)
+        w = tl.where(live, w, 0.0)
+        if RENORM:
+            norm = tl.maximum(tl.sum(w, 1), MIN) + EPS
+            w = w / tl.where(norm == 0, 1.0, norm)[:, None]
+        tl.store(weights_ptr + slot, w * SCALE, mask=alive_t[:, None] & (k_lane < K))
+        tl.store(ids_ptr + slot, tl.where(live, ids, -1), mask=alive_t[:, None] & (k_lane < K))
+        if STATISTICS:
+            if SCORE == 0 or SCORE == 3:
+                p = e / total[:, None]
+            else:
+                s = tl.where(x == NEG_INF, 0.0, elementwise(z, SCORE))
+                s_total = tl.sum(s, 1)
+                p = s / tl.where(s_total == 0, 1.0, s_total)[:, None]
+            sums += tl.sum(tl.where(inside, p, 0.0), 0)
+            lse = tl.where(alive_t & (tl.max(z, 1) != NEG_INF), top + tl.log(total), 0.0)
+            squares += tl.sum(lse * lse, 0)
+            for k in tl.range(0, K):
+                mine = tl.load(given_ptr + token.to(tl.int64) * K + k, mask=alive_t, other=-1)
+                chosen_by += tl.sum((lane[None, :] == mine[:, None]).to(tl.int32), 0)
+    if STATISTICS:
+        tl.store(counts_ptr + program * (E + 1) + lane, chosen_by, mask=lane < E)
+        tl.store(sums_ptr + program * E + lane, sums, mask=lane < E)
+        tl.store(squares_ptr + program, squares)
+
+
 @triton.jit(do_not_specialize=["T", "per_sequence"])
 def _route_backward_kernel(
     grad_ptr, grad_sums_ptr, grad_squares_ptr, logits_ptr, ids_ptr, out_ptr, stride_t, T, per_sequence,
-    E: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr, SCORE: tl.constexpr,
-    POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr,
-    MULTIPLIER: tl.constexpr, CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr,
+    RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr,
+    CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of weights, probability sums and logsumexp squares to the logits'; scores are made again."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     alive_t = token < T
     lane = tl.arange(0, LANES)[None, :]
-    k_lane = tl.arange(0, K_POW2)[None, :]
     inside = alive_t[:, None] & (lane < E)
-    row_ptr = logits_ptr + token.to(tl.int64)[:, None] * stride_t
-    x = tl.load(row_ptr + lane, mask=inside, other=NEG_INF).to(tl.float32)
+    x = tl.load(logits_ptr + token.to(tl.int64)[:, None] * stride_t + lane, mask=inside, other=NEG_INF).to(tl.float32)
     z = transform_logits(x, MULTIPLIER, CAP)
-    slots = token.to(tl.int64)[:, None] * K + k_lane
-    ids = tl.load(ids_ptr + slots, mask=alive_t[:, None] & (k_lane < K), other=-1)
-    live = ids >= 0
-    g = tl.load(grad_ptr + slots, mask=live, other=0.0).to(tl.float32) * SCALE
-    chosen = transform_logits(tl.load(row_ptr + ids, mask=live, other=NEG_INF).to(tl.float32), MULTIPLIER, CAP)
-    DENSE: tl.constexpr = (SCORE == 0 and not POST) or STATISTICS
-    if DENSE:
+
+    # the weights' gradients, each at its expert's lane; `n` counts choices, since given ids may repeat
+    g = tl.zeros((BT, LANES), tl.float32)
+    n = tl.zeros((BT, LANES), tl.float32)
+    for k in tl.range(0, K):
+        slot = token.to(tl.int64) * K + k
+        hit = lane == tl.load(ids_ptr + slot, mask=alive_t, other=-1)[:, None]
+        g += tl.where(hit, tl.load(grad_ptr + slot, mask=alive_t, other=0.0).to(tl.float32)[:, None], 0.0)
+        n += hit.to(tl.float32)
+    g *= SCALE
+    if POST and SCORE == 0:
+        e_taken, _, _ = exp_rows(tl.where(n > 0, z, NEG_INF))
+        whole = tl.sum(e_taken * n, 1)
+        w = e_taken / tl.where(whole == 0, 1.0, whole)[:, None]
+    if (SCORE == 0 and not POST) or STATISTICS:
         e, top, total = exp_rows(z)
         p = e / total[:, None]
-
-    # the weights as they were, then their gradient at the scores
-    if POST and SCORE == 0:
-        _, top_k, total_k = exp_rows(chosen)
-        w = tl.exp(chosen - top_k[:, None]) / total_k[:, None]
-    elif SCORE == 0:
-        w = tl.exp(chosen - top[:, None]) / total[:, None]
-    else:
-        w = elementwise(chosen, SCORE)
-    w = tl.where(live, w, 0.0)
+        if SCORE == 0 and not POST:
+            w = p
+    if SCORE > 0:
+        w = elementwise(z, SCORE)
+        if SCORE < 3:
+            w = tl.where(x == NEG_INF, 0.0, w)
+        slope = derivative(z, w, SCORE)
     if RENORM:
-        whole = tl.sum(w, 1)
+        chosen = tl.where(n > 0, w * n, 0.0)
+        whole = tl.sum(chosen, 1)
         norm = tl.maximum(whole, MIN) + EPS
         norm = tl.where(norm == 0, 1.0, norm)[:, None]
-        drag = tl.where(whole < MIN, 0.0, tl.sum(g * w, 1))[:, None] / norm
-        g = tl.where(live, (g - drag) / norm, 0.0)
-    if SCORE == 0:
-        mean = tl.sum(g * w, 1)[:, None]
-        at = w * g
-        if POST:
-            at = w * (g - mean)
-    else:
-        at = g * tl.where(live, derivative(chosen, w, SCORE), 0.0)
-
-    dz = tl.zeros((BT, LANES), tl.float32)
-    for k in tl.range(0, K):
-        mine = tl.sum(tl.where((k_lane == k) & live, ids + 1, 0), 1)[:, None] - 1
-        dz += tl.where(lane == mine, tl.sum(tl.where(k_lane == k, at, 0.0), 1)[:, None], 0.0)
-    if SCORE == 0 and not POST:
-        dz -= p * mean
+        drag = tl.where(whole < MIN, 0.0, tl.sum(tl.where(n > 0, g * w, 0.0), 1))[:, None] / norm
+        g = tl.where(n > 0, (g - drag * n) / norm, 0.0)
+    gp = tl.zeros((BT, LANES), tl.float32)
     if STATISTICS:
         sequence = token // per_sequence
         gp = tl.load(grad_sums_ptr + sequence[:, None] * E + lane, mask=inside, other=0.0)
-        gl = tl.load(grad_squares_ptr + sequence, mask=alive_t, other=0.0)
-        if SCORE == 0 or SCORE == 3:
+
+    # through the score
+    if SCORE == 0:
+        mean = tl.sum(tl.where(n > 0, g * w, 0.0), 1)[:, None]
+        dz = w * (g - n * mean) if POST else w * (g - mean)
+        if STATISTICS:
             dz += p * (gp - tl.sum(gp * p, 1)[:, None])
-        else:
-            s = tl.where(x == NEG_INF, 0.0, elementwise(z, SCORE))
-            s_total = tl.sum(s, 1)
+    else:
+        if STATISTICS and SCORE < 3:
+            s_total = tl.sum(w, 1)
             s_total = tl.where(s_total == 0, 1.0, s_total)[:, None]
-            dz += (gp - tl.sum(gp * s, 1)[:, None] / s_total) / s_total * derivative(z, s, SCORE)
+            g += (gp - tl.sum(gp * w, 1)[:, None] / s_total) / s_total
+        dz = g * slope
+        if STATISTICS and SCORE == 3:
+            dz += p * (gp - tl.sum(gp * p, 1)[:, None])
+    if STATISTICS:
+        gl = tl.load(grad_squares_ptr + sequence, mask=alive_t, other=0.0)
         lse = tl.where(tl.max(z, 1) == NEG_INF, 0.0, top + tl.log(total))
         dz += (2 * gl * lse)[:, None] * p
     if CAP > 0:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ...hardware import tl, triton
 
-TAKEN = tl.constexpr(-2147483648)  # ranks below every key
+GONE = tl.constexpr(-2147483648)  # ranks below every key: never a candidate
+TAKEN = tl.constexpr(-2147483647)  # ... and no longer one
+NAN_KEY = tl.constexpr(-2139095040)  # NaN's: that of the lowest finite number
 NEG_INF = tl.constexpr(float("-inf"))
 
 
@@ -67,18 +69,82 @@ def exp_rows(z):
 
 
 @triton.jit
+def expert_of(lane, E: tl.constexpr, SIZE: tl.constexpr, GROUP_LANES: tl.constexpr):
+    """`(expert, is there one)` of each lane; groups of SIZE experts have GROUP_LANES lanes."""
+    expert = lane // GROUP_LANES * SIZE + lane % GROUP_LANES
+    return expert, (lane % GROUP_LANES < SIZE) & (expert < E)
+
+
+@triton.jit
+def _load_piece(
+    ptr, stride_t, token, alive_t, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr,
+    GROUP_LANES: tl.constexpr,
+):  # fmt: skip
+    expert, is_lane = expert_of(FIRST + tl.arange(0, WIDTH), E, SIZE, GROUP_LANES)
+    ptrs = ptr + token.to(tl.int64)[:, None] * stride_t + expert[None, :]
+    return tl.load(ptrs, mask=alive_t[:, None] & is_lane[None, :], other=NEG_INF).to(tl.float32)
+
+
+@triton.jit
+def _load_two(
+    ptr, stride_t, token, alive_t, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr,
+    GROUP_LANES: tl.constexpr,
+):  # fmt: skip
+    low = _load_piece(ptr, stride_t, token, alive_t, FIRST, WIDTH, E, SIZE, GROUP_LANES)
+    return tl.join(low, _load_piece(ptr, stride_t, token, alive_t, FIRST + WIDTH, WIDTH, E, SIZE, GROUP_LANES))
+
+
+@triton.jit
+def _load_four(
+    ptr, stride_t, token, alive_t, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr,
+    GROUP_LANES: tl.constexpr,
+):  # fmt: skip
+    low = _load_two(ptr, stride_t, token, alive_t, FIRST, WIDTH, E, SIZE, GROUP_LANES)
+    return tl.join(low, _load_two(ptr, stride_t, token, alive_t, FIRST + 2 * WIDTH, WIDTH, E, SIZE, GROUP_LANES))
+
+
+@triton.jit
+def load_rows(
+    ptr, stride_t, token, alive_t, BT: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, GROUP_LANES: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """`(BT, LANES)` fp32 rows, -inf outside, up to 256 lanes of them with eight threads a row.
+
+    Reducing a row is the work here. Of a plain load Triton would give a thread 16 bytes and a row to a whole warp or
+    more; joined pieces stay in the registers of the threads that loaded them.
+    """
+    if LANES <= 32:
+        x = _load_piece(ptr, stride_t, token, alive_t, 0, LANES, E, SIZE, GROUP_LANES)
+    elif LANES == 64:
+        x = tl.permute(_load_two(ptr, stride_t, token, alive_t, 0, 32, E, SIZE, GROUP_LANES), (0, 2, 1))
+    elif LANES == 128:
+        x = tl.permute(_load_four(ptr, stride_t, token, alive_t, 0, 32, E, SIZE, GROUP_LANES), (0, 3, 2, 1))
+    else:
+        WIDTH: tl.constexpr = LANES // 8
+        low = _load_four(ptr, stride_t, token, alive_t, 0, WIDTH, E, SIZE, GROUP_LANES)
+        high = _load_four(ptr, stride_t, token, alive_t, 4 * WIDTH, WIDTH, E, SIZE, GROUP_LANES)
+        x = tl.permute(tl.join(low, high), (0, 4, 3, 2, 1))
+    return tl.reshape(x, (BT, LANES))
+
+
+@triton.jit
 def key_of(x):
     """A float's place in order; NaN before every number but -inf, -inf out of the choice."""
     gone = x == NEG_INF
     x = tl.where(x != x, -3.4028234663852886e38, tl.where(x == 0, 0.0, x))  # the two zeros are one
     bits = x.to(tl.int32, bitcast=True)
-    return tl.where(gone, TAKEN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return tl.where(gone, GONE, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
-def argmax(key):
-    """`(largest, its first index)` of each row."""
-    return tl.max(key, 1, return_indices=True, return_indices_tie_break_left=True)
+def value_of(key):
+    """The float of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _two_best(a1, a2, b1, b2):
+    return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
 
 
 @triton.jit
@@ -88,21 +154,18 @@ def keep_groups(
 ):  # fmt: skip
     """The choice values with all but the KEPT best groups masked; groups are scored by their best or two best."""
     G: tl.constexpr = LANES // SIZE
-    lane = tl.arange(0, SIZE)[None, :]
-    grouped = tl.reshape(choice, (BT * G, SIZE))
-    best, first = tl.max(grouped, 1, return_indices=True, return_indices_tie_break_left=True)
+    grouped = tl.reshape(choice, (BT, G, SIZE))
     if TOP2:
-        best += tl.max(tl.where(lane == first[:, None], NEG_INF, grouped), 1)
-    group = tl.arange(0, G)[None, :]
+        best, second = tl.reduce((grouped, tl.full((BT, G, SIZE), NEG_INF, tl.float32)), 2, _two_best)
+        best += second
+    else:
+        best = tl.max(grouped, 2)
+    group = tl.arange(0, G)
     # a group of which nothing is left still ranks before the lanes that stand for no group
-    score = tl.maximum(tl.reshape(best, (BT, G)), -3.4028234663852886e38)
-    key = tl.where(group < GROUPS, key_of(score), TAKEN)
-    keep = tl.zeros((BT, G), tl.int1)
-    for _ in tl.static_range(KEPT):
-        _, chosen = argmax(key)
-        hit = group == chosen[:, None]
-        keep = keep | hit
-        key = tl.where(hit, TAKEN, key)
-    keep = tl.reshape(keep, (BT * G, 1))
-    masked = tl.where(keep | (grouped == NEG_INF), grouped, MASK_VALUE)
+    key = tl.where((group < GROUPS)[None, :], key_of(tl.maximum(best, -3.4028234663852886e38)), GONE)
+    # all pairs at once: a group is kept when fewer than KEPT stand before it
+    mine, other = key[:, :, None], key[:, None, :]
+    ahead = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
+    keep = tl.sum(ahead.to(tl.int32), 2) < KEPT
+    masked = tl.where(keep[:, :, None] | (grouped == NEG_INF), grouped, MASK_VALUE)
     return tl.reshape(masked, (BT, LANES))

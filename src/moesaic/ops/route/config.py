@@ -34,7 +34,8 @@ class RouterConfig:
 
     **Scores.** `z = soft_cap · tanh(multiplier · logits / soft_cap)` (no cap at 0) and `s = score(z)` in fp32: softmax
     over E, or elementwise sigmoid, `sqrt(softplus(z))`, `log(sigmoid(z))`. The choice values are `c = s + bias`, or
-    `c = z + bias` with `bias_on="logits"`. The bias takes part in the choice alone (DeepSeek-V3).
+    `c = z + bias` with `bias_on="logits"`. The bias takes part in the choice alone (DeepSeek-V3). A token's
+    probabilities, for `"top_p"` and the losses, are the softmax of z, or positive s divided by their sum.
 
     **Groups.** With `num_groups > 1` experts form G equal consecutive groups, scored by their best c (`"max"`) or their
     two best (`"top2_sum"`); all but the `topk_groups` best groups are masked with `group_mask_value`.
@@ -47,8 +48,9 @@ class RouterConfig:
       twice that, else all K.
     - `"expert_choice"`: each expert takes its `ceil(T·K/E · capacity_factor)` best tokens (factor 1 by default); of its
       experts a token keeps at most `max_choices` (E by default), those with the largest c.
-    - `"sinkhorn"`: in training the K largest of the doubly normalised `exp(z)`; otherwise `"topk"`.
-    - `"sparsemixer"`: K sampled experts with Heun's third-order gradient (Phi-MoE).
+    - `"sinkhorn"`: in training the K largest of the doubly normalised `exp(z)`; otherwise `"topk"`. Takes no bias.
+    - `"sparsemixer"`: K sampled experts with Heun's third-order gradient (Phi-MoE); `noise_std` is its jitter. In
+      evaluation the K largest z. Takes no bias.
 
     **Weights** (`order`):
 
@@ -57,7 +59,8 @@ class RouterConfig:
       `norm="softmax"` the softmax of the w over k.
     - `"post"`: the choice is made on `z + bias`, then the chosen z are scored (softmax over K).
 
-    Then `w *= scale`, and `w /= K` with `divide_by_k`.
+    Then `w *= scale`, and `w /= K` with `divide_by_k`. `straight_through` puts exactly 1 in the place of each w before
+    that, in evaluation too, and gives it the gradient of the w that it replaced.
 
     **Columns behind the experts'.** Of the logits' columns the last `shared_logits` belong to shared experts, which
     every token meets: their scores take part in the normalisation. Before them come `zero_experts`, `identity_experts`
@@ -65,9 +68,8 @@ class RouterConfig:
 
     **Training only.** `noise` before the choice: `"gaussian"` (`noise_std`), `"jitter"` (logits times U(1 - std, 1 +
     std)), `"noisy_topk"` (normal times softplus of a second linear map), `"gumbel"`; the noisy logits are divided by
-    `temperature`; weights come from the clean ones unless `noise_in_weights` (Gumbel-softmax). `straight_through` makes
-    the weights exactly 1 and gives them the soft weights' gradient. `expert_sampling < 1` leaves each expert out with
-    one minus that probability, but never leaves fewer than K.
+    `temperature`; weights come from the clean ones unless `noise_in_weights` (Gumbel-softmax). `expert_sampling < 1`
+    leaves each expert out with one minus that probability, but never leaves a token fewer than K of those it has.
 
     **Capacity.** With a factor each expert keeps at most `max(ceil(T·K/E · factor), min_capacity)` slots (at most T;
     without K in the product when `capacity_counts_k` is off) and drops the rest: in the order of tokens
@@ -227,6 +229,13 @@ class RouterConfig:
                 f"{who}: policy='sparsemixer' makes its own weights and needs score='softmax', order='pre', got "
                 f"{self.score!r}, {self.order!r}."
             )
+        if self.policy == "sparsemixer" and (self.noise != "none" or self.temperature != 1.0):
+            raise ValueError(
+                f"{who}: policy='sparsemixer' draws its own noise and needs noise='none', temperature=1.0, got "
+                f"{self.noise!r}, {self.temperature}; noise_std is its jitter."
+            )
+        if math.isnan(self.group_mask_value):
+            raise ValueError(f"{who}: group_mask_value must be a number, got nan; -inf takes the other groups out.")
 
     def _check_weights(self, who: str) -> None:
         if not self.multiplier > 0:
@@ -254,8 +263,10 @@ class RouterConfig:
             raise ValueError(f"{who}: expert_sampling must lie in (0, 1], got {self.expert_sampling}; it is a rate.")
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)
-            if factor is not None and not factor > 0:
-                raise ValueError(f"{who}: {name} must be positive, got {factor}; use None to keep every slot.")
+            if factor is not None and not 0 < factor < math.inf:
+                raise ValueError(
+                    f"{who}: {name} must be positive and finite, got {factor}; use None to keep every slot."
+                )
 
     def replace(self, **changes) -> RouterConfig:
         """A copy with some fields changed."""

@@ -8,6 +8,7 @@ Legend: T tokens, E experts, K choices, C slots that an expert keeps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,15 +25,25 @@ Generator = torch.Generator | int | None
 # ---------------------------------------------------------------- noise
 def generator_of(generator: Generator, device: torch.device) -> torch.Generator | None:
     """An int seeds a generator made for this call, so that the same call draws the same numbers again."""
+    if generator is None:
+        return None
     if isinstance(generator, int):
         return torch.Generator(device).manual_seed(generator)
+    if not isinstance(generator, torch.Generator) or generator.device.type != device.type:
+        have = generator.device if isinstance(generator, torch.Generator) else repr(generator)
+        raise ValueError(f"route: generator must be a torch.Generator on {device}, an int or None, got {have}.")
     return generator
 
 
+def _draw(make: Callable, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """`make` is `torch.rand` or `torch.randn`. Even `generator=None` keeps a traced call from having dynamic shapes."""
+    given = {} if generator is None else {"generator": generator}
+    return make(like.shape, dtype=like.dtype, device=like.device, **given)
+
+
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """U(0, 1) that is never 0, so that its logarithm is finite (E20 of the field's errors)."""
-    u = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-    return u.clamp_min(torch.finfo(like.dtype).tiny)
+    """U(0, 1) that is never 0, so that its logarithm is finite."""
+    return _draw(torch.rand, like, generator).clamp_min(torch.finfo(like.dtype).tiny)
 
 
 def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -50,9 +61,10 @@ def noisy(logits: Tensor, config: RouterConfig, noise_logits: Tensor | None, gen
         x = x + gumbel(x, generator)
     elif config.noise == "jitter":
         width = config.noise_std
-        x = x * (1 - width + 2 * width * torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator))
+        factor = 1 - width + 2 * width * _draw(torch.rand, x, generator)
+        x = (x * factor).masked_fill(x == NEG_INF, NEG_INF)  # also where the factor is 0 or, past a width of 1, negative
     elif config.noise != "none":
-        normal = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        normal = _draw(torch.randn, x, generator)
         if config.noise == "noisy_topk":
             assert noise_logits is not None
             std = F.softplus(noise_logits.to(x.dtype)) + 1e-2  # Shazeer's floor, which keeps the load loss finite
@@ -63,11 +75,14 @@ def noisy(logits: Tensor, config: RouterConfig, noise_logits: Tensor | None, gen
 
 
 def sample_experts(logits: Tensor, config: RouterConfig, generator: torch.Generator | None) -> Tensor:
-    """`(E,)` bool: each expert with probability `expert_sampling`, but never fewer than K."""
-    E = logits.shape[-1]
-    u = torch.rand(E, device=logits.device, generator=generator)
-    rank = u.argsort(stable=True).argsort(stable=True)
-    return (u < config.expert_sampling) | (rank < config.top_k)
+    """`(T, E)` bool: each expert with probability `expert_sampling`, the same for all tokens, but never fewer than K.
+
+    Where a mask leaves a token fewer than K of those, it gets the ones whose draw came nearest to being kept.
+    """
+    u, order = _draw(torch.rand, logits.new_empty(logits.shape[-1], dtype=torch.float32), generator).sort()
+    alive = (logits != NEG_INF)[:, order]
+    kept = alive & ((u < config.expert_sampling) | (alive.cumsum(-1) <= config.top_k))
+    return kept[:, order.argsort()]
 
 
 # ---------------------------------------------------------------- policies
@@ -79,7 +94,8 @@ def expert_choice(z: Tensor, config: RouterConfig, bias: Tensor | None, **_: Any
     T, E = z.shape
     factor = config.capacity_factor or 1.0
     C = config.replace(capacity_factor=factor, eval_capacity_factor=None).capacity(T, E, True) or 0
-    choice = z if config.bias_on == "logits" else _torch._scores(z, config.score)
+    on_logits = config.bias_on == "logits" or config.order == "post"
+    choice = z if on_logits else _torch._scores(z, config.score)
     if bias is not None:
         choice = choice + bias.to(z.dtype)
     choice = choice.masked_fill(z == NEG_INF, NEG_INF)
@@ -89,19 +105,22 @@ def expert_choice(z: Tensor, config: RouterConfig, bias: Tensor | None, **_: Any
     return ids.masked_fill(~taken.gather(1, ids), -1)
 
 
-def sinkhorn(z: Tensor, config: RouterConfig, training: bool, **_: Any) -> Tensor:
-    """K largest of the matrix `d0 · exp(z) · d1` whose rows and columns sum to 1/T and 1/E; plain top-k in evaluation.
+def balanced(z: Tensor) -> Tensor:
+    """Logarithm of the matrix `d0 · exp(z) · d1` whose rows sum to 1 and columns to T/E; masked rows and columns to 0.
 
     Iterates a fixed number of times: watching for convergence would wait for the device. Source: Megatron-LM.
     """
-    if training:
-        log = z - z.logsumexp(-1, keepdim=True)
-        for _i in range(20):
-            log = log - log.logsumexp(0, keepdim=True)
-            log = log - log.logsumexp(1, keepdim=True)
-        z = log.masked_fill(z == NEG_INF, NEG_INF)
-    ids = _torch._topk(z, config.top_k)
-    return ids.masked_fill(z.gather(1, ids) == NEG_INF, -1)
+    log = z.nan_to_num(NEG_INF, neginf=NEG_INF)  # a NaN takes no part, and keeps to its token
+    for dim in (1, *(0, 1) * 20):
+        log = log - _torch._logsumexp(log, dim)
+    return log.masked_fill(z.isnan(), float("nan"))
+
+
+def sinkhorn(z: Tensor, config: RouterConfig, **_: Any) -> Tensor:
+    """K largest of the balanced matrix. For training; in evaluation the kernel makes the plain choice."""
+    log = balanced(z)
+    ids = _torch._topk(log, config.top_k)
+    return ids.masked_fill(log.gather(1, ids) == NEG_INF, -1)
 
 
 CHOOSE = {"expert_choice": expert_choice, "sinkhorn": sinkhorn}
@@ -122,29 +141,38 @@ class _Heun(torch.autograd.Function):
         return (-gates * grad).scatter_add(-1, ids, grad), None, None, None, None
 
 
-def sparsemixer(z: Tensor, config: RouterConfig, training: bool, generator: torch.Generator | None):
+def sparsemixer(
+    z: Tensor, config: RouterConfig, training: bool, generator: torch.Generator | None, given: Tensor | None = None
+):
     """`(weights, ids)` of Phi-MoE's router: K experts one after another, each sampled from those within the jitter.
 
     For choice k the candidates are the experts whose logit lies within `2 · noise_std` (the jitter) of the largest of
     the remaining ones, relative to the larger magnitude. The weight is the chosen one's softmax among the candidates.
+    With `given` ids `(T, K)` those are chosen, from the same random numbers.
     """
     weights, ids, rest = [], [], z
-    for _ in range(config.top_k):
+    for k in range(config.top_k):
         with torch.no_grad():
-            top, best = rest.max(-1, keepdim=True)
+            top, chosen = rest.max(-1, keepdim=True)
+            dead = top == NEG_INF  # nobody is left
             scale = torch.maximum(z.abs(), top)
             far = (top - z) / scale > 2 * config.noise_std
-        near = rest.masked_fill(far, NEG_INF)
-        chosen = (near + gumbel(near, generator)).argmax(-1, keepdim=True) if training else best
+        near = rest.masked_fill(far, NEG_INF).masked_fill(dead, 0.0)
+        if training:
+            chosen = (near + gumbel(near, generator)).argmax(-1, keepdim=True)
+        if given is not None:
+            chosen = given[:, k : k + 1].long()
+            dead = dead | (chosen < 0)
+            chosen = chosen.clamp_min(0)
         gates = torch.softmax(near, -1)
         weight = gates.gather(-1, chosen)
         if training:
             likely = gates.argmax(-1, keepdim=True)
             keep = (chosen == likely) | (_uniform(weight, generator) > 0.75)
             weight = _Heun.apply(z, weight, chosen, gates, torch.where(keep, 1.0, 1.0 / 3.0).to(z.dtype))
-        weights.append(weight)
-        ids.append(chosen)
-        rest = rest.scatter(-1, chosen, NEG_INF)
+        weights.append(weight.masked_fill(dead, 0.0))
+        ids.append(chosen.masked_fill(dead, -1))
+        rest = torch.where(dead, rest, rest.scatter(-1, chosen, NEG_INF))
     return torch.cat(weights, -1), torch.cat(ids, -1).int()
 
 
@@ -163,10 +191,10 @@ class _StraightThrough(torch.autograd.Function):
         return grad * live, None
 
 
-def finish_weights(weights: Tensor, ids: Tensor, shared: Tensor | None, config: RouterConfig):
+def finish_weights(weights: Tensor, ids: Tensor, shared: Tensor | None, config: RouterConfig, scaled: bool):
     """What the kernel left out: `(weights, shared weights)` from the plain scores of the choices.
 
-    `shared` holds the logits of shared experts, whose scores join the normalisation.
+    `shared` holds the logits of shared experts, whose scores join the normalisation. `scaled`: the weights already are.
     """
     live = ids >= 0
     factor = config.scale / (config.top_k if config.divide_by_k else 1)
@@ -177,17 +205,17 @@ def finish_weights(weights: Tensor, ids: Tensor, shared: Tensor | None, config: 
         if config.norm == "softmax":
             every = _torch._softmax(every.masked_fill(~alive, NEG_INF))
         else:
-            norm = every.abs().pow(config.norm_p).sum(-1, keepdim=True).pow(1 / config.norm_p)
+            powers = every.abs().pow(config.norm_p).sum(-1, keepdim=True)
+            none = powers == 0  # where a root has no derivative
+            norm = powers.masked_fill(none, 1.0).pow(1 / config.norm_p).masked_fill(none, 0.0)
             norm = norm.clamp_min(config.norm_min) + config.norm_eps
             every = every / norm.masked_fill(norm == 0, 1.0)
-        every = every.masked_fill(~alive, 0.0) * factor
+        every = every.masked_fill(~alive, 0.0)
         weights = every[:, : ids.shape[1]]
         shared_scores = None if shared is None else every[:, ids.shape[1] :]
-    elif shared_scores is not None:
-        shared_scores = shared_scores * factor
     if config.straight_through:
-        weights = _StraightThrough.apply(weights, live) * factor
-    return weights, shared_scores
+        weights = _StraightThrough.apply(weights, live)
+    return weights if scaled else weights * factor, None if shared_scores is None else shared_scores * factor
 
 
 def dense_straight_through(soft: Tensor, ids: Tensor) -> Tensor:
@@ -210,12 +238,14 @@ class _DenseStraightThrough(torch.autograd.Function):
 def expected_load(clean: Tensor, noisy_logits: Tensor, std: Tensor, top_k: int) -> Tensor:
     """`(E,)`: how many tokens would choose each expert if its own noise were drawn again (arXiv 1701.06538, eq. 8-9).
 
-    `P = Φ((clean_e - threshold) / std_e)` with the K-th largest noisy logit among the other experts as threshold.
-    Differentiable in the clean logits and in std.
+    `P = Φ((clean_e - threshold) / std_e)` with the K-th largest noisy logit among the other experts as threshold; 0 for
+    a masked expert, 1 where no more than K are left. Differentiable in the clean logits and in std.
     """
-    E = clean.shape[-1]
+    E, alive = clean.shape[-1], clean != NEG_INF
     if top_k >= E:
-        return torch.full((E,), float(clean.shape[0]), dtype=std.dtype, device=std.device)
+        return alive.sum(0).to(std.dtype)
     top = noisy_logits.detach().topk(top_k + 1, -1).values
     threshold = torch.where(noisy_logits > top[:, -1:], top[:, -1:], top[:, -2:-1])
-    return torch.special.ndtr((clean.to(std.dtype) - threshold) / std).sum(0)
+    contested = alive & (threshold != NEG_INF)
+    gap = torch.where(contested, clean.to(std.dtype) - threshold, 0.0) / std
+    return torch.where(contested, torch.special.ndtr(gap), alive.to(std.dtype)).sum(0)
