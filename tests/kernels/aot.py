@@ -177,6 +177,12 @@ def router_kernels():
             more = {"grad_sums_ptr": f, "grad_squares_ptr": f} if statistics else {}
             launch = route._backward_launch(torch.float32, 4096, E, config.top_k, E, statistics, config)
             yield f"route backward {name}{', statistics' * statistics}", of_launch(launch, types | more)
+    bf16 = {"x_ptr": "*bf16", "w_ptr": "*bf16", "partial_ptr": f, "arrived_ptr": i, "logits_ptr": f, "bias_ptr": f}
+    for name, E, H in (("softmax", 128, 2048), ("grouped sigmoid", 256, 7168)):
+        dtypes = (torch.bfloat16, None, torch.float32)
+        launch, _, _ = route._gate_launch(dtypes, 16, E, H, H, H, configs[name][0])
+        types = {**bf16, "weights_ptr": f, "ids_ptr": i, **ends, "stride_x": n, "stride_w": n, "T": n}
+        yield f"gate and route {name}", of_launch(launch, types)
     for total in (64, 262144):
         launch, cut = route._count_launch(torch.int32, total, 256)
         types = {"given_ptr": i, "ids_ptr": i, **ends, "total": n, "per_range": n} | ({} if cut.single else middle)

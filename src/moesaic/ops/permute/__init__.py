@@ -71,6 +71,10 @@ def unpermute(
         weights = routing.topk_weights
     if isinstance(weights, Tensor):
         check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
+        if weights.device != rows.device:
+            raise ValueError(f"{who}: weights must be on {rows.device}, got {weights.device}; move them.")
+        if not weights.is_floating_point():
+            raise ValueError(f"{who}: weights must be floating point, got {weights.dtype}; convert them with .float().")
     return torch.ops.moesaic.unpermute(
         rows, weights if isinstance(weights, Tensor) else None, routing.row_order, routing.row_index,
         routing.expert_offsets, routing.top_k, forced(implementation),

@@ -21,12 +21,16 @@ def _live(row_order: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
+    if not x.shape[0]:  # padding for no token
+        return x.new_zeros(row_order.shape[0], x.shape[1])
     rows = x.index_select(0, row_order.clamp_min(0) // top_k)
     return rows.masked_fill_(~_live(row_order, expert_offsets), 0)
 
 
 def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
     T = row_index.shape[0] // top_k
+    if not rows.shape[0]:  # a capacity of no rows
+        return rows.new_zeros(T, rows.shape[1])
     index = row_index.view(T, top_k)
     y = torch.zeros(T, rows.shape[1], dtype=_wide(rows), device=rows.device)
     for k in range(top_k):
@@ -47,6 +51,8 @@ def unpermute_backward(
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(rows)
+    if not grad.shape[0]:
+        return rows.new_zeros(rows.shape), weights.new_zeros(weights.shape)
     dead = ~_live(row_order, expert_offsets)
     slots = row_order.clamp_min(0)
     g = grad.index_select(0, slots // top_k).to(wide)

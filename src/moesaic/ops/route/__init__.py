@@ -33,10 +33,12 @@ __all__ = [
     "RouterConfig",
     "cross_entropy_balance_loss",
     "device_balance_loss",
+    "gate",
     "importance_loss",
     "load_balancing_loss",
     "load_loss",
     "route",
+    "router_logits",
     "sequence_balance_loss",
     "uniform_cross_entropy_loss",
     "z_loss",
@@ -374,3 +376,5 @@ def _backward(ctx, *grads):
 
 
 differentiable("route", _backward, _setup)
+
+from .gate import gate, router_logits  # noqa: E402 - it builds on `route`

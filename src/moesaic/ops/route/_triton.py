@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from ._triton_index import _count_kernel, _index_kernel
-from ._triton_route import _route_backward_kernel, _route_kernel, _weigh_kernel
+from ._triton_route import _gate_route_kernel, _route_backward_kernel, _route_kernel, _weigh_kernel
 from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
@@ -88,20 +88,25 @@ def _scoring(config) -> tuple:
     )  # fmt: skip
 
 
+def _routing_constants(E: int, K: int, bias: torch.dtype | None, statistics: bool, cut: _Cut, config) -> tuple:
+    """The compile-time arguments of `route_range`."""
+    group_lanes, lanes = _lanes(E, config.num_groups)
+    return (
+        E, K, pow2(K), config.num_groups, group_lanes, lanes, config.topk_groups, config.group_score == "top2_sum",
+        config.group_mask_value, *_scoring(config), bias is not None,
+        config.order == "post" or config.bias_on == "logits", (*("topk",), *RAGGED).index(config.policy),
+        config.threshold, statistics, cut.single, cut.block,
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4096)
 def _route_launch(
     dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
 ) -> tuple[Launch, _Cut, _Cut]:
     """The launch, its cut, and the same of slots. Kept apart by all that the compiled kernel depends on: `dtypes` are
     those of logits and bias."""
-    group_lanes, lanes = _lanes(E, config.num_groups)
-    cut = _cut(T, S, lanes, statistics)
-    constants = (
-        E, K, pow2(K), config.num_groups, group_lanes, lanes, config.topk_groups, config.group_score == "top2_sum",
-        config.group_mask_value, *_scoring(config), dtypes[1] is not None,
-        config.order == "post" or config.bias_on == "logits", (*("topk",), *RAGGED).index(config.policy),
-        config.threshold, statistics, cut.single, cut.block,
-    )  # fmt: skip
+    cut = _cut(T, S, _lanes(E, config.num_groups)[1], statistics)
+    constants = _routing_constants(E, K, dtypes[1], statistics, cut, config)
     return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut, cut.of_slots(K)
 
 
@@ -227,3 +232,56 @@ def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tenso
         launch = _backward_launch(logits.dtype, T, E, K, stride, statistics, config)
         launch((grad, sums, squares, logits, ids, out), (stride, T, T // grad_p.shape[0] if statistics else T))
     return out
+
+
+# ---------------------------------------------------------------- from hidden states, for few tokens
+GATE_PROGRAMS = 128  # about one for each multiprocessor
+_arrived: dict[tuple, Tensor] = {}
+
+
+def gate_why_not(x: Tensor, weight: Tensor) -> str | None:
+    """Why the fused kernel cannot take this gate, or None."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return f"needs x and weight in one half precision, got {x.dtype} and {weight.dtype}"
+    if weight.shape[0] > 512:
+        return f"needs at most 512 experts, got {weight.shape[0]}"
+    return None
+
+
+def _counter(device: torch.device) -> Tensor:
+    """A zero for the programs to count on, one a stream: launches of a stream follow each other."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)  # the graph's own
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _arrived:
+        _arrived[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _arrived[key]
+
+
+@functools.lru_cache(maxsize=4096)
+def _gate_launch(
+    dtypes: tuple, T: int, E: int, H: int, stride_x: int, stride_w: int, config
+) -> tuple[Launch, _Cut, int]:
+    """Kept apart by all that the compiled kernel depends on: `dtypes` are those of x, the logits' bias and bias."""
+    cut = _cut(T, 1, _lanes(E, config.num_groups)[1])
+    block_n = 16 if E * H <= 1 << 19 else 32
+    tiles = ceil_div(E, block_n)
+    split = max(64, ceil_div(ceil_div(H, max(1, GATE_PROGRAMS // tiles)), 64) * 64)
+    splits, block_k = ceil_div(H, split), 128 if split % 128 == 0 else 64
+    constants = (H, split, splits, tiles, block_n, block_k, dtypes[1] is not None)
+    constants += _routing_constants(E, config.top_k, dtypes[2], False, cut, config)
+    return Launch(_gate_route_kernel, (tiles, splits, 1), constants, cut.num_warps), cut, splits
+
+
+def gate_route(x: Tensor, weight: Tensor, logit_bias: Tensor | None, bias: Tensor | None, config):
+    """`(logits, weights, ids, tables)` in one launch; at most 16 tokens."""
+    x, weight = unit_rows(x), unit_rows(weight)
+    (T, H), E, K, f32 = x.shape, weight.shape[0], config.top_k, torch.float32
+    strides = (x.stride(0), weight.stride(0))
+    dtypes = (x.dtype, None if logit_bias is None else logit_bias.dtype, None if bias is None else bias.dtype)
+    launch, cut, splits = _gate_launch(dtypes, T, E, H, *strides, config)
+    logits, weights, ids = _empty(x, T, E, dtype=f32), _empty(x, T, K, dtype=f32), _empty(x, T, K)
+    made, partial = _Tables(ids, T * K, E, cut), _empty(x, splits, T, E, dtype=f32)
+    pointers = (x, weight, logit_bias, partial, _counter(x.device), logits, bias, weights, ids, *made.pointers)
+    launch(pointers, (*strides, T))
+    return logits, weights, ids, *made.pointers

@@ -9,6 +9,14 @@ from ...hardware import tl, triton
 
 
 @triton.jit
+def range_of(program, per_sequence, ranges, per_range):
+    """`(begin, end)` of a program's range; every sequence has `ranges` of them."""
+    end = (program // ranges + 1) * per_sequence
+    begin = end - per_sequence + program % ranges * per_range
+    return begin, tl.minimum(end, begin + per_range)
+
+
+@triton.jit
 def number(taken, BT: tl.constexpr):
     """For each token and lane, the lane's slots of earlier tokens; `taken` (BT, LANES) counts those of each token.
 
@@ -107,9 +115,7 @@ def _index_kernel(
         dead += tl.sum(tl.load(counts_ptr + other * (E + 1) + E, mask=earlier, other=0), 0)
     start, live_rows = starts(total, tokens_ptr, offsets_ptr, lane, (lane < E) & (program == 0), E)
     base = start + before
-    end = (program // ranges + 1) * per_sequence
-    begin = end - per_sequence + program % ranges * per_range
-    end = tl.minimum(end, begin + per_range)
+    begin, end = range_of(program, per_sequence, ranges, per_range)
     for block in range(begin, end, BLOCK):
         slots = block + tl.arange(0, BLOCK)
         inside = slots < end

@@ -7,7 +7,7 @@ of a token's values live in one layout, a row of lanes, because a change of layo
 from __future__ import annotations
 
 from ...hardware import tl, triton
-from ._triton_index import number, pick, starts
+from ._triton_index import number, pick, range_of, starts
 from ._triton_scores import (
     GONE,
     NAN_KEY,
@@ -25,11 +25,10 @@ from ._triton_scores import (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range"])
-def _route_kernel(
+@triton.jit
+def route_range(
     logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
-    tokens_ptr, offsets_ptr, order_ptr, index_ptr,
-    stride_t, per_sequence, ranges, per_range,
+    tokens_ptr, offsets_ptr, order_ptr, index_ptr, stride_t, program, begin, end,
     E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_LANES: tl.constexpr, LANES: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
@@ -37,11 +36,7 @@ def _route_kernel(
     ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
     SINGLE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """One range of one sequence: score, choose, weigh, number the slots, sum what the losses need."""
-    program = tl.program_id(0)
-    end = (program // ranges + 1) * per_sequence
-    begin = end - per_sequence + program % ranges * per_range
-    end = tl.minimum(end, begin + per_range)
+    """One range of tokens: score, choose, weigh, number the slots, sum what the losses need."""
     lane = tl.arange(0, LANES)
     SIZE: tl.constexpr = E // GROUPS
     expert, is_lane = expert_of(lane, E, SIZE, GROUP_LANES)
@@ -182,6 +177,81 @@ def _route_kernel(
 
 
 @triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range"])
+def _route_kernel(
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
+    tokens_ptr, offsets_ptr, order_ptr, index_ptr,
+    stride_t, per_sequence, ranges, per_range,
+    E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP_LANES: tl.constexpr, LANES: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
+    MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
+    MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """`route_range` for each range of each sequence."""
+    program = tl.program_id(0)
+    begin, end = range_of(program, per_sequence, ranges, per_range)
+    route_range(
+        logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
+        tokens_ptr, offsets_ptr, order_ptr, index_ptr, stride_t, program, begin, end,
+        E, K, K_POW2, GROUPS, GROUP_LANES, LANES, KEPT, TOP2, MASK_VALUE, SCORE, POST, RENORM, EPS, MIN, SCALE,
+        MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _gate_route_kernel(
+    x_ptr, w_ptr, logit_bias_ptr, partial_ptr, arrived_ptr, logits_ptr,
+    bias_ptr, weights_ptr, ids_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr,
+    stride_x, stride_w, T,
+    H: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP_LANES: tl.constexpr, LANES: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
+    MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
+    MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Few tokens from hidden states to tables: every program multiplies a piece of W, the last to finish routes.
+
+    `arrived` counts the programs and is zero again at the end. The pieces' sums are added in their order, whoever adds.
+    """
+    e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    t = tl.arange(0, BT)
+    acc = tl.zeros((BT, BLOCK_N), tl.float32)
+    for k in range(split * SPLIT, tl.minimum(H, split * SPLIT + SPLIT), BLOCK_K):
+        h = k + tl.arange(0, BLOCK_K)
+        inside = h < tl.minimum(H, split * SPLIT + SPLIT)
+        x = tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_x + h[None, :],
+                    mask=(t < T)[:, None] & inside[None, :], other=0.0)  # fmt: skip
+        w = tl.load(w_ptr + e.to(tl.int64)[None, :] * stride_w + h[:, None],
+                    mask=(e < E)[None, :] & inside[:, None], other=0.0)  # fmt: skip
+        acc = tl.dot(x, w, acc)
+    tl.store(partial_ptr + (split * T + t[:, None]) * E + e[None, :], acc, mask=(t < T)[:, None] & (e < E)[None, :])
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLITS * TILES - 1:
+        tl.debug_barrier()
+        tl.store(arrived_ptr, 0)
+        lane = tl.arange(0, LANES)
+        whole = (t < T)[:, None] & (lane < E)[None, :]
+        logits = tl.zeros((BT, LANES), tl.float32)
+        for s in range(SPLITS):
+            logits += tl.load(partial_ptr + (s * T + t[:, None]) * E + lane[None, :], mask=whole, other=0.0)
+        if HAS_LOGIT_BIAS:
+            logits += tl.load(logit_bias_ptr + lane, mask=lane < E, other=0.0).to(tl.float32)[None, :]
+        tl.store(logits_ptr + t[:, None] * E + lane[None, :], logits, mask=whole)
+        tl.debug_barrier()
+        route_range(
+            logits_ptr, bias_ptr, weights_ptr, ids_ptr, None, None, None, None,
+            tokens_ptr, offsets_ptr, order_ptr, index_ptr, E, 0, 0, T,
+            E, K, K_POW2, GROUPS, GROUP_LANES, LANES, KEPT, TOP2, MASK_VALUE, SCORE, POST, RENORM, EPS, MIN, SCALE,
+            MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range"])
 def _weigh_kernel(
     logits_ptr, given_ptr, weights_ptr, ids_ptr, counts_ptr, sums_ptr, squares_ptr,
     stride_t, per_sequence, ranges, per_range,
@@ -191,9 +261,7 @@ def _weigh_kernel(
 ):  # fmt: skip
     """The same for ids made elsewhere: clean them, weigh them, sum what the losses need."""
     program = tl.program_id(0)
-    end = (program // ranges + 1) * per_sequence
-    begin = end - per_sequence + program % ranges * per_range
-    end = tl.minimum(end, begin + per_range)
+    begin, end = range_of(program, per_sequence, ranges, per_range)
     lane = tl.arange(0, LANES)
     k_lane = tl.arange(0, K_POW2)[None, :]
     sums = tl.zeros((LANES,), tl.float32)
@@ -258,7 +326,7 @@ def _route_backward_kernel(
     alive_t = token < T
     lane = tl.arange(0, LANES)[None, :]
     inside = alive_t[:, None] & (lane < E)
-    x = tl.load(logits_ptr + token.to(tl.int64)[:, None] * stride_t + lane, mask=inside, other=NEG_INF).to(tl.float32)
+    x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, E, LANES, LANES)
     z = transform_logits(x, MULTIPLIER, CAP)
 
     # the weights' gradients, each at its expert's lane; `n` counts choices, since given ids may repeat

@@ -141,6 +141,14 @@ class RouterConfig:
         """The kernels leave the normalisation to torch: it is over more than the chosen scores, or a rare one."""
         return self.order == "pre_renorm" and (self.norm == "softmax" or self.norm_p != 1.0 or self.shared_logits > 0)
 
+    @property
+    def plain(self) -> bool:
+        """The private operator runs all of it in evaluation: nothing is composed around it."""
+        kernel = self.policy == "topk" or self.policy in RAGGED
+        extras = self.weights_later or self.straight_through or self.shared_logits or self.extra_experts
+        capacity = self.capacity_factor is not None or self.eval_capacity_factor is not None
+        return kernel and not extras and not capacity
+
     def core(self) -> tuple:
         """What the private operator runs, as plain values in the order of `CORE`: choice and plain weights."""
         later, ragged = self.weights_later, self.policy in RAGGED
