@@ -20,6 +20,7 @@ from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
 RANGES = 132  # programs: each reads every range's counts, so that more of them would cost more than they hide
+PIECE_FEW, PIECE_MANY, MANY = 128, 32, 1 << 20
 BLOCK = 128  # slots that are compared each with each
 
 
@@ -41,6 +42,7 @@ class _Cut:
     programs: int
     block: int
     num_warps: int
+    piece: int = 32
 
     @property
     def single(self) -> bool:
@@ -56,15 +58,18 @@ class _Cut:
 
 
 def _cut(T: int, S: int, lanes: int, statistics: bool = False) -> _Cut:
-    """Measured on an H200 (2026-11-23): a thread holds 16 lanes where latency counts, 32 where throughput does."""
-    N, per_thread = T // S, 32 if T * lanes >= 1 << 20 and not statistics else 16
-    # what 64 Ki registers hold; the sums take some too, and so does the triangle of block × block
+    """Many lanes a thread where there is work for everyone, few where one block's time is all there is.
+
+    Measured on an H200 (2026-11-23). The sums take registers too, and so does the triangle of block × block.
+    """
+    N, many = T // S, T * lanes >= MANY and not statistics
+    piece = max(16, min(lanes, max(PIECE_MANY if many else PIECE_FEW, lanes // 8)))
     most = min(64, max(16, (4096 if statistics else 8192) // lanes))
     wanted = T if S == 1 and T <= 16 else ceil_div(T, RANGES)
     block = min(max(16, pow2(wanted)), most)
     per_range = max(1, min(ceil_div(wanted, block) * block, N))
     ranges = ceil_div(N, per_range)
-    return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * lanes // (32 * per_thread))))
+    return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * piece // 128)), piece)
 
 
 def _cut_slots(total: int) -> _Cut:
@@ -95,7 +100,7 @@ def _routing_constants(E: int, K: int, bias: torch.dtype | None, statistics: boo
         E, K, pow2(K), config.num_groups, group_lanes, lanes, config.topk_groups, config.group_score == "top2_sum",
         config.group_mask_value, *_scoring(config), bias is not None,
         config.order == "post" or config.bias_on == "logits", (*("topk",), *RAGGED).index(config.policy),
-        config.threshold, statistics, cut.single, cut.block,
+        config.threshold, statistics, cut.single, cut.block, cut.piece,
     )  # fmt: skip
 
 
@@ -141,8 +146,8 @@ def _index_launch(E: int, cut: _Cut) -> Launch:
 @functools.lru_cache(maxsize=4096)
 def _backward_launch(dtype: torch.dtype, T: int, E: int, K: int, stride: int, statistics: bool, config) -> Launch:
     _, lanes = _lanes(E)
-    block = max(1, 4096 // lanes)
-    constants = (E, K, lanes, *_scoring(config), statistics, block)
+    block, piece = max(1, 4096 // lanes), max(16, lanes // 4)
+    constants = (E, K, lanes, *_scoring(config), statistics, block, min(piece, lanes))
     return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants, 8)
 
 

@@ -34,7 +34,7 @@ def route_range(
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
     MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
-    SINGLE: tl.constexpr, BT: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One range of tokens: score, choose, weigh, number the slots, sum what the losses need."""
     lane = tl.arange(0, LANES)
@@ -42,7 +42,7 @@ def route_range(
     expert, is_lane = expert_of(lane, E, SIZE, GROUP_LANES)
     lanes = lane[None, :]
     # as wide as a piece of the rows, so that threads hold the same tokens of both
-    WIDTH: tl.constexpr = K_POW2 if K_POW2 > 32 else 32
+    WIDTH: tl.constexpr = K_POW2 if K_POW2 > PIECE else PIECE
     k_lane = tl.arange(0, WIDTH)[None, :]
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:
@@ -54,7 +54,7 @@ def route_range(
     for chunk in range(begin, end, BT):
         token = chunk + tl.arange(0, BT)
         alive_t = token < end
-        x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, SIZE, GROUP_LANES, LANES)
+        x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, SIZE, GROUP_LANES, LANES, PIECE)
         z = transform_logits(x, MULTIPLIER, CAP)
 
         # score
@@ -186,7 +186,7 @@ def _route_kernel(
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
     MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
-    SINGLE: tl.constexpr, BT: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """`route_range` for each range of each sequence."""
     program = tl.program_id(0)
@@ -195,7 +195,7 @@ def _route_kernel(
         logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
         tokens_ptr, offsets_ptr, order_ptr, index_ptr, stride_t, program, begin, end,
         E, K, K_POW2, GROUPS, GROUP_LANES, LANES, KEPT, TOP2, MASK_VALUE, SCORE, POST, RENORM, EPS, MIN, SCALE,
-        MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT,
+        MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT, PIECE,
     )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def _gate_route_kernel(
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
     MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
-    SINGLE: tl.constexpr, BT: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Few tokens from hidden states to tables: every program multiplies a piece of W, the last to finish routes.
 
@@ -247,7 +247,7 @@ def _gate_route_kernel(
             logits_ptr, bias_ptr, weights_ptr, ids_ptr, None, None, None, None,
             tokens_ptr, offsets_ptr, order_ptr, index_ptr, E, 0, 0, T,
             E, K, K_POW2, GROUPS, GROUP_LANES, LANES, KEPT, TOP2, MASK_VALUE, SCORE, POST, RENORM, EPS, MIN, SCALE,
-            MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT,
+            MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT, PIECE,
         )  # fmt: skip
 
 
@@ -319,14 +319,14 @@ def _route_backward_kernel(
     grad_ptr, grad_sums_ptr, grad_squares_ptr, logits_ptr, ids_ptr, out_ptr, stride_t, T, per_sequence,
     E: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr,
     RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr,
-    CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr,
+    CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of weights, probability sums and logsumexp squares to the logits'; scores are made again."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     alive_t = token < T
     lane = tl.arange(0, LANES)[None, :]
     inside = alive_t[:, None] & (lane < E)
-    x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, E, LANES, LANES)
+    x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, E, LANES, LANES, PIECE)
     z = transform_logits(x, MULTIPLIER, CAP)
 
     # the weights' gradients, each at its expert's lane; `n` counts choices, since given ids may repeat

@@ -106,23 +106,23 @@ def _load_four(
 @triton.jit
 def load_rows(
     ptr, stride_t, token, alive_t, BT: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, GROUP_LANES: tl.constexpr,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """`(BT, LANES)` fp32 rows, -inf outside, up to 256 lanes of them with eight threads a row.
+    """`(BT, LANES)` fp32 rows, -inf outside, with `PIECE / 4` threads a row; at most eight pieces.
 
-    Reducing a row is the work here. Of a plain load Triton would give a thread 16 bytes and a row to a whole warp or
-    more; joined pieces stay in the registers of the threads that loaded them.
+    Reducing rows is the work here, and the fewer threads share a row, the less they have to exchange. Of a plain load
+    Triton would give a thread 16 bytes; joined pieces stay in the registers of the threads that loaded them.
     """
-    if LANES <= 32:
-        x = _load_piece(ptr, stride_t, token, alive_t, 0, LANES, E, SIZE, GROUP_LANES)
-    elif LANES == 64:
-        x = tl.permute(_load_two(ptr, stride_t, token, alive_t, 0, 32, E, SIZE, GROUP_LANES), (0, 2, 1))
-    elif LANES == 128:
-        x = tl.permute(_load_four(ptr, stride_t, token, alive_t, 0, 32, E, SIZE, GROUP_LANES), (0, 3, 2, 1))
+    PIECES: tl.constexpr = LANES // PIECE
+    if PIECES == 1:
+        x = _load_piece(ptr, stride_t, token, alive_t, 0, PIECE, E, SIZE, GROUP_LANES)
+    elif PIECES == 2:
+        x = tl.permute(_load_two(ptr, stride_t, token, alive_t, 0, PIECE, E, SIZE, GROUP_LANES), (0, 2, 1))
+    elif PIECES == 4:
+        x = tl.permute(_load_four(ptr, stride_t, token, alive_t, 0, PIECE, E, SIZE, GROUP_LANES), (0, 3, 2, 1))
     else:
-        WIDTH: tl.constexpr = LANES // 8
-        low = _load_four(ptr, stride_t, token, alive_t, 0, WIDTH, E, SIZE, GROUP_LANES)
-        high = _load_four(ptr, stride_t, token, alive_t, 4 * WIDTH, WIDTH, E, SIZE, GROUP_LANES)
+        low = _load_four(ptr, stride_t, token, alive_t, 0, PIECE, E, SIZE, GROUP_LANES)
+        high = _load_four(ptr, stride_t, token, alive_t, 4 * PIECE, PIECE, E, SIZE, GROUP_LANES)
         x = tl.permute(tl.join(low, high), (0, 4, 3, 2, 1))
     return tl.reshape(x, (BT, LANES))
 

@@ -21,7 +21,9 @@ from .config import RouterConfig
 FEW_TOKENS = 16  # one tile of the product
 
 
-def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, implementation: str | None = None) -> Tensor:
+def router_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, implementation: str | None = None
+) -> Tensor:
     """`logits = x W^T + b` in fp32, accumulated in fp32, whatever the dtype of x and W.
 
     Args:

@@ -62,9 +62,7 @@ def noisy(logits: Tensor, config: RouterConfig, noise_logits: Tensor | None, gen
     elif config.noise == "jitter":
         width = config.noise_std
         factor = 1 - width + 2 * width * _draw(torch.rand, x, generator)
-        x = (x * factor).masked_fill(
-            x == NEG_INF, NEG_INF
-        )  # also where the factor is 0 or, past a width of 1, negative
+        x = (x * factor).masked_fill(x == NEG_INF, NEG_INF)  # the factor may be 0, and negative past a width of 1
     elif config.noise != "none":
         normal = _draw(torch.randn, x, generator)
         if config.noise == "noisy_topk":
