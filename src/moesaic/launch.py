@@ -91,8 +91,12 @@ class Launch:
     def _launch(self, device: int, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
         entry = self._entries.get(device)
         # plain addresses spare the C side a method call and a driver's question each
-        addresses = [None if p is None else p.data_ptr() for p in pointers]
-        aligned = not any(a & 15 for a in addresses if a is not None)  # which a compiled kernel relies on
+        addresses, bits = [], 0
+        for pointer in pointers:
+            address = None if pointer is None else pointer.data_ptr()
+            addresses.append(address)
+            bits |= address or 0
+        aligned = not bits & 15  # which a compiled kernel relies on
         if entry is None or not aligned:
             compiled = self.kernel[self.grid](*pointers, *numbers, *self.constants, **self.options)
             if aligned:
