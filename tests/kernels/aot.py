@@ -175,8 +175,9 @@ def router_kernels():
         types = {"grad_ptr": f, "logits_ptr": f, "ids_ptr": i, "out_ptr": f, "stride_t": n, "T": n, "per_sequence": n}
         for statistics in (False, True):
             more = {"grad_sums_ptr": f, "grad_squares_ptr": f} if statistics else {}
-            launch = route._backward_launch(torch.float32, 4096, E, config.top_k, E, statistics, config)
-            yield f"route backward {name}{', statistics' * statistics}", of_launch(launch, types | more)
+            launch, sparse = route._backward_launch((torch.float32,) * 2, 4096, E, config.top_k, E, statistics, config)
+            names = {k: v for k, v in types.items() if not sparse or k != "per_sequence"}
+            yield f"route backward {name}{', statistics' * statistics}", of_launch(launch, names | more)
     bf16 = {"x_ptr": "*bf16", "w_ptr": "*bf16", "partial_ptr": f, "arrived_ptr": i, "logits_ptr": f, "bias_ptr": f}
     for name, E, H in (("softmax", 128, 2048), ("grouped sigmoid", 256, 7168)):
         dtypes = (torch.bfloat16, None, torch.float32)

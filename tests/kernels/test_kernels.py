@@ -187,6 +187,21 @@ CONFIGS = {
     "groups top2": RouterConfig(3, "sigmoid", "pre_renorm", 1e-20, 2.5, 4, 2),
     "groups max": RouterConfig(3, "softmax", "pre", 0.0, 1.0, 2, 1, "max"),
     "groups masked by zero": RouterConfig(4, "sigmoid", "pre_renorm", 0.0, 1.0, 4, 1, "max", 0.0),
+    "five groups": RouterConfig(5, "sqrt_softplus", "pre_renorm", 1e-20, 1.5, 5, 3),
+    "sqrt softplus": RouterConfig(3, "sqrt_softplus", norm_min=2.5),
+    "log sigmoid pre": RouterConfig(3, "log_sigmoid", "pre", multiplier=0.7),
+    "log sigmoid, softmax": RouterConfig(3, "log_sigmoid", norm="softmax", bias_on="logits"),
+    "sqrt softplus post": RouterConfig(5, "sqrt_softplus", "post", soft_cap=1.5),
+    "capped": RouterConfig(7, multiplier=1.5, soft_cap=2.0, bias_on="logits", divide_by_k=True),
+    "top-p": RouterConfig(6, order="pre", policy="top_p", threshold=0.6),
+    "top-p of sigmoids": RouterConfig(6, "sigmoid", policy="top_p", threshold=0.3),
+    "top-p post": RouterConfig(6, "log_sigmoid", "post", policy="top_p", threshold=0.5),
+    "top-p of groups": RouterConfig(6, "sqrt_softplus", "pre", 0.0, 1.0, 4, 2, policy="top_p", threshold=0.3),
+    "entropy": RouterConfig(4, policy="entropy", threshold=1.25),
+    "entropy post": RouterConfig(4, "sigmoid", "post", policy="entropy", threshold=2.4),
+    "length 2": RouterConfig(3, "sigmoid", norm_p=2.0, norm_eps=1e-6),
+    "straight through": RouterConfig(3, straight_through=True, scale=2.0),
+    "all of them": RouterConfig(20, "sigmoid"),
 }
 
 
@@ -210,6 +225,81 @@ def test_route(name, biased, implementation, device):
     assert_close(dgot, dwant, 20, 16)
 
 
+def route_both(implementation, logits, config, **options):
+    """`(routing, gradient of all that is differentiable)` of an implementation and, in fp64, of the reference."""
+    for impl, dtype in ((implementation, torch.float32), ("reference", torch.float64)):
+        x = logits.to(dtype).requires_grad_()
+        r = route(x, config, implementation=impl, **options)
+        values = [r.topk_weights, r.probability_sums, r.logsumexp_squares, r.shared_weights, r.identity_weight,
+                  r.constant_weights]  # fmt: skip
+        values = [v for v in values if v is not None]
+        starts = [torch.cos(torch.arange(v.numel(), device=v.device, dtype=v.dtype)).view(v.shape) for v in values]
+        yield r, values, torch.autograd.grad(values, x, starts)[0]
+
+
+def check_route(implementation, logits, config, **options):
+    (got, values, dgot), (want, wanted, dwant) = route_both(implementation, logits, config, **options)
+    for table in TABLES:
+        assert torch.equal(getattr(got, table), getattr(want, table)), table
+    assert torch.equal(got.choices, want.choices)
+    for value, other in zip(values, wanted, strict=True):
+        assert value.dtype == torch.float32
+        assert_close(value, other, 20, 16)
+    assert_close(dgot, dwant, 20, 32)
+    return got
+
+
+@pytest.mark.parametrize("tokens", [9, 51])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_route_with_statistics_and_masks(name, tokens, implementation, device):
+    """Three sequences, finished tokens, masked experts: what remains, the sums over tokens and all gradients."""
+    g = torch.Generator().manual_seed(tokens)
+    logits = (torch.randn(tokens, 20, generator=g) * 1.5).to(device)
+    if CONFIGS[name].score == "log_sigmoid" and CONFIGS[name].norm == "softmax":
+        logits = logits.clamp_min(-2.0) + torch.rand(tokens, 20, generator=g).to(device) * 1e-2
+    masks = {}
+    if CONFIGS[name].top_k < 18:
+        masks["expert_mask"] = (torch.arange(20) % 9 != 4).to(device)
+    masks["token_mask"] = (torch.rand(tokens, generator=g) < 0.8).to(device)
+    got = check_route(implementation, logits, CONFIGS[name], sequences=3, **masks)
+    assert (got.topk_ids[~masks["token_mask"]] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["softmax pre", "softmax renorm", "softmax post", "sqrt softplus", "log sigmoid pre"])
+def test_route_of_given_ids(name, implementation, device):
+    """Recorded, hashed or forced ids with slots left out; what was chosen gives itself again, to the bit."""
+    config = CONFIGS[name]
+    logits = torch.randn(20, 20, generator=torch.Generator().manual_seed(1)).to(device)
+    kinds = adversarial_ids(20, config.top_k, 20)
+    for kind, dtype in (("random", torch.int32), ("dropped slots", torch.int64), ("all dropped", torch.int32)):
+        check_route(implementation, logits, config, ids=kinds[kind].to(device, dtype))
+    first = route(logits, config, implementation=implementation)
+    again = route(logits, config, ids=first.topk_ids, implementation=implementation)
+    for field in (*TABLES, "topk_weights"):
+        assert torch.equal(getattr(first, field), getattr(again, field)), field
+
+
+AROUND = {
+    "capacity": RouterConfig(3, capacity_factor=0.8, renorm_after_drop=True),
+    "capacity by choice": RouterConfig(3, "sigmoid", capacity_factor=0.6, drop_policy="choice"),
+    "capacity by probability": RouterConfig(3, order="pre", capacity_factor=0.6, drop_policy="probability"),
+    "other experts": RouterConfig(6, zero_experts=2, identity_experts=3, constant_experts=2, capacity_factor=1.0),
+    "other experts, groups": RouterConfig(4, "sigmoid", "pre_renorm", 0.0, 1.0, 4, 2, identity_experts=8),
+    "shared experts": RouterConfig(4, "sigmoid", shared_logits=2, scale=2.0),
+    "expert choice": RouterConfig(2, policy="expert_choice", max_choices=3),
+    "sparsemixer": RouterConfig(2, order="pre", policy="sparsemixer", noise_std=0.2),
+    "sinkhorn": RouterConfig(2, "sigmoid", policy="sinkhorn"),
+}
+
+
+@pytest.mark.parametrize("tokens", [9, 40])
+@pytest.mark.parametrize("name", AROUND)
+def test_route_with_what_is_composed_around_it(name, tokens, implementation, device):
+    logits = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(4)).to(device)
+    got = check_route(implementation, logits, AROUND[name], statistics=True)
+    assert got.num_experts == AROUND[name].num_experts(20)
+
+
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (7, 7), (60, 4), (130, 6), (257, 8)])
 def test_route_of_any_size(experts, top_k, implementation, device):
     logits = torch.randn(4, experts, generator=torch.Generator().manual_seed(0)).to(device)
@@ -230,6 +320,17 @@ def test_route_edges(implementation, device):
     logits[1, 2] = float("nan")
     r = route(logits, top_k=2, score="sigmoid", implementation=implementation)
     assert 2 not in r.topk_ids[1].tolist() and torch.isfinite(r.topk_weights).all()
+    inf = float("-inf")
+    logits = torch.tensor([[1.0, inf, inf, 2], [inf] * 4, [0, 1, 2, 3]], device=device, requires_grad=True)
+    for order, score in (("pre", "softmax"), ("pre_renorm", "sigmoid"), ("post", "softmax"), ("pre", "log_sigmoid")):
+        r = route(logits, top_k=3, order=order, score=score, implementation=implementation)
+        assert r.topk_ids.tolist() == [[3, 0, -1], [-1, -1, -1], [3, 2, 1]]
+        (grad,) = torch.autograd.grad(r.topk_weights[:, 0].sum() + r.logsumexp_squares.sum(), logits)
+        assert r.topk_weights[0, 2] == 0 and (r.topk_weights[1] == 0).all()
+        assert torch.isfinite(grad).all() and (grad[1] == 0).all()
+    # probabilities that round to zero keep the order of their logits
+    far = torch.tensor([[0.0, -3000, -1000, -2000], [1e4, 0, -1e4, 5e3]], device=device)
+    assert route(far, top_k=3, implementation=implementation).topk_ids.tolist() == [[0, 2, 3], [0, 3, 1]]
     empty = route(torch.zeros(0, 8, device=device), top_k=2, implementation=implementation)
     assert empty.expert_offsets.tolist() == [0] * 9 and empty.row_order.numel() == 0
 
@@ -265,6 +366,27 @@ def test_permute_and_unpermute(kind, dtype, implementation, device):
         results.append((y, plain, *grads))
     for name, got, want in zip(("y", "plain", "drows", "dweights", "dx"), *results, strict=True):
         assert_close(got, want, 37, 1, dtype, name)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 4, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_permute_and_unpermute_of_padded_rows(kind, capacity, implementation, device):
+    """E batches of C rows: bit for bit the reference's, and the gradients of slots that found no room are zero."""
+    ids = adversarial_ids(6, 3, 7)[kind].to(device)
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(ids.shape, generator=g).to(device)
+    x = torch.randn(ids.shape[0], 37, generator=g).to(device)
+    r = Routing.from_topk(weights, ids, 6, implementation=implementation).to_capacity(capacity)
+    results = []
+    for impl in (implementation, "reference"):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, weights)]
+        rows = permute(leaves[0], r, implementation=impl)
+        y = unpermute(rows.square(), replace(r, topk_weights=leaves[1]), implementation=impl)
+        results.append((rows.detach(), y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
+    (rows, *got), (same, *want) = results
+    assert torch.equal(rows, same) and rows.shape == (6 * capacity, 37)
+    for name, a, b in zip(("y", "dx", "dweights"), got, want, strict=True):
+        assert_close(a, b.double(), 37, 8, name=name)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -311,8 +433,14 @@ def op_calls(device, implementation):
     )
     yield ops.route, (leaf(5, 6), None, None, *config, 6, 1, False, implementation)
     yield ops.route, (leaf(6, 6), None, r.topk_ids.new_tensor([[0, 1]] * 6), *config, 5, 2, True, implementation)
+    ragged = RouterConfig(3, "sigmoid", policy="top_p", threshold=0.4).core()
+    yield ops.route, (leaf(6, 8), leaf(8).detach(), None, *ragged, 8, 3, True, implementation)
     yield ops.expert_index, (r.topk_ids, 3, implementation)
     yield ops.permute, (leaf(5, 7), *tables, 2, implementation)
+    p = r.to_capacity(4)
+    padded = (p.row_order, p.row_index, p.expert_offsets)
+    yield ops.permute, (leaf(5, 7), *padded, 2, implementation)
+    yield ops.unpermute, (leaf(12, 7), leaf(5, 2), *padded, 2, implementation)
     yield ops.unpermute, (leaf(10, 7), leaf(5, 2), *tables, 2, implementation)
     yield ops.grouped_matmul, (leaf(10, 7), leaf(3, 8, 7), r.expert_offsets, leaf(3, 8), False, False, implementation)
 

@@ -179,7 +179,7 @@ def _chosen(x, config, bias, ids, noise_logits, training, generator, implementat
         return x, ids, weights, load
     if ids is not None:
         return x, ids, None, load
-    if config.policy in policies.CHOOSE and (training or config.policy != "sinkhorn"):
+    if config.policy in policies.CHOOSE:  # sinkhorn in training alone: otherwise the kernel makes the plain choice
         with torch.no_grad():
             ids = policies.CHOOSE[config.policy](_torch._transform(choice, config), config, bias=bias)
         return x, ids, None, load
@@ -362,15 +362,25 @@ define(
 def _setup(ctx, inputs, output):
     logits, *_ = inputs
     ctx.save_for_backward(logits, output[1])
-    *ctx.core, _, _, ctx.statistics, ctx.implementation = inputs[3:]
+    *ctx.core, _, _, _, ctx.implementation = inputs[3:]
     ctx.mark_non_differentiable(*output[1:6], output[8])
+    ctx.set_materialize_grads(False)  # a loss that nobody took costs nothing
 
 
 def _backward(ctx, *grads):
     logits, ids = ctx.saved_tensors
-    grad, sums, squares = (g.contiguous() for g in (grads[0], grads[6], grads[7]))
+    grad, sums, squares = grads[0], grads[6], grads[7]
+    if grad is None:
+        grad = logits.new_zeros(ids.shape, dtype=_weight_dtype(logits))
+    statistics = sums is not None or squares is not None
+    if statistics:
+        S = sums.shape[0] if sums is not None else squares.shape[0]
+        sums = logits.new_zeros((S, logits.shape[1]), dtype=grad.dtype) if sums is None else sums.contiguous()
+        squares = logits.new_zeros((S,), dtype=grad.dtype) if squares is None else squares.contiguous()
+    else:
+        sums, squares = grad.new_empty(0), grad.new_empty(0)
     dx = torch.ops.moesaic.route_backward(
-        grad, sums, squares, logits, ids, *ctx.core, ctx.statistics, ctx.implementation
+        grad.contiguous(), sums, squares, logits, ids, *ctx.core, statistics, ctx.implementation
     )
     return (dx, *([None] * (len(CORE) + 6)))
 

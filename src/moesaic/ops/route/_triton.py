@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...launch import Launch, ceil_div, pow2, unit_rows
+from ._triton_backward import _route_backward_kernel, _sparse_backward_kernel
 from ._triton_index import _count_kernel, _index_kernel
-from ._triton_route import _gate_route_kernel, _route_backward_kernel, _route_kernel, _weigh_kernel
+from ._triton_route import _gate_route_kernel, _route_kernel, _weigh_kernel
 from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
@@ -87,10 +88,17 @@ def _lanes(E: int, groups: int = 1) -> tuple[int, int]:
 
 
 def _scoring(config) -> tuple:
-    """What forward and backward must have in common."""
+    """What forward and backward must have in common.
+
+    A softmax that is divided by its sum over the choices is the softmax of the choices' logits.
+    """
+    renorm = config.order == "pre_renorm"
+    post = config.order == "post" or (
+        renorm and config.score == "softmax" and config.norm_eps == config.norm_min == 0
+    )
     return (
-        SCORES.index(config.score), config.order == "post", config.order == "pre_renorm", config.norm_eps,
-        config.norm_min, config.scale, config.multiplier, config.soft_cap,
+        SCORES.index(config.score), post, renorm and not post, config.norm_eps, config.norm_min, config.scale,
+        config.multiplier, config.soft_cap,
     )  # fmt: skip
 
 
@@ -145,11 +153,20 @@ def _index_launch(E: int, cut: _Cut) -> Launch:
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_launch(dtype: torch.dtype, T: int, E: int, K: int, stride: int, statistics: bool, config) -> Launch:
+def _backward_launch(
+    dtypes: tuple, T: int, E: int, K: int, stride: int, statistics: bool, config
+) -> tuple[Launch, bool]:
+    """The launch, and whether it is the sparse one; `dtypes` are those of the weights' gradient and the logits."""
     _, lanes = _lanes(E)
-    block, piece = max(1, 4096 // lanes), max(16, lanes // 4)
-    constants = (E, K, lanes, *_scoring(config), statistics, block, min(piece, lanes))
-    return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants, 8)
+    scoring = _scoring(config)
+    score, post, *_ = scoring
+    block = max(1, 4096 // lanes)
+    if not statistics and (score > 0 or post):
+        constants = (E, K, pow2(K), lanes, *scoring, block)
+        return Launch(_sparse_backward_kernel, (ceil_div(T, block), 1, 1), constants), True
+    piece = min(lanes, max(16, lanes // 4))
+    constants = (E, K, lanes, *scoring, statistics, block, piece)
+    return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants, 8), False
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -234,9 +251,13 @@ def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tenso
     out = torch.empty(T, E, dtype=logits.dtype, device=logits.device)
     if T:
         stride = logits.stride(0)
-        sums, squares = (grad_p, grad_lse) if statistics else (None, None)
-        launch = _backward_launch(logits.dtype, T, E, K, stride, statistics, config)
-        launch((grad, sums, squares, logits, ids, out), (stride, T, T // grad_p.shape[0] if statistics else T))
+        launch, sparse = _backward_launch((grad.dtype, logits.dtype), T, E, K, stride, statistics, config)
+        if sparse:
+            launch((grad, logits, ids, out), (stride, T))
+        else:
+            sums, squares = (grad_p, grad_lse) if statistics else (None, None)
+            per_sequence = T // grad_p.shape[0] if statistics else T
+            launch((grad, sums, squares, logits, ids, out), (stride, T, per_sequence))
     return out
 
 

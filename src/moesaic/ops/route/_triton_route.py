@@ -1,4 +1,4 @@
-"""Kernels of the router: from logits to choices, weights, places and loss sums in one pass, and back in one.
+"""Kernels of the router: from logits to choices, weights, places and loss sums in one pass; from hidden states too.
 
 Legend: a *lane* holds one expert; with groups, lanes are padded so that each group has a power of two of them. All
 of a token's values live in one layout, a row of lanes, because a change of layout costs more than idle lanes.
@@ -13,7 +13,6 @@ from ._triton_scores import (
     NAN_KEY,
     NEG_INF,
     TAKEN,
-    derivative,
     elementwise,
     exp_rows,
     expert_of,
@@ -59,7 +58,8 @@ def route_range(
 
         # score
         SOFTMAX: tl.constexpr = SCORE == 0 or SCORE == 3  # the probabilities are a softmax
-        if (SCORE == 0 and not POST) or RAGGED > 0 or STATISTICS:
+        SCORED: tl.constexpr = not POST or ((HAS_BIAS or GROUPS > 1) and not ON_LOGITS)
+        if (SCORE == 0 and SCORED) or RAGGED > 0 or STATISTICS:
             e, top, total = exp_rows(z)
         if SCORE > 0:
             s = elementwise(z, SCORE)
@@ -312,77 +312,3 @@ def _weigh_kernel(
         tl.store(counts_ptr + program * (E + 1) + lane, chosen_by, mask=lane < E)
         tl.store(sums_ptr + program * E + lane, sums, mask=lane < E)
         tl.store(squares_ptr + program, squares)
-
-
-@triton.jit(do_not_specialize=["T", "per_sequence"])
-def _route_backward_kernel(
-    grad_ptr, grad_sums_ptr, grad_squares_ptr, logits_ptr, ids_ptr, out_ptr, stride_t, T, per_sequence,
-    E: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr,
-    RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr,
-    CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """From the gradients of weights, probability sums and logsumexp squares to the logits'; scores are made again."""
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    alive_t = token < T
-    lane = tl.arange(0, LANES)[None, :]
-    inside = alive_t[:, None] & (lane < E)
-    x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, E, LANES, LANES, PIECE)
-    z = transform_logits(x, MULTIPLIER, CAP)
-
-    # the weights' gradients, each at its expert's lane; `n` counts choices, since given ids may repeat
-    g = tl.zeros((BT, LANES), tl.float32)
-    n = tl.zeros((BT, LANES), tl.float32)
-    for k in tl.range(0, K):
-        slot = token.to(tl.int64) * K + k
-        hit = lane == tl.load(ids_ptr + slot, mask=alive_t, other=-1)[:, None]
-        g += tl.where(hit, tl.load(grad_ptr + slot, mask=alive_t, other=0.0).to(tl.float32)[:, None], 0.0)
-        n += hit.to(tl.float32)
-    g *= SCALE
-    if POST and SCORE == 0:
-        e_taken, _, _ = exp_rows(tl.where(n > 0, z, NEG_INF))
-        whole = tl.sum(e_taken * n, 1)
-        w = e_taken / tl.where(whole == 0, 1.0, whole)[:, None]
-    if (SCORE == 0 and not POST) or STATISTICS:
-        e, top, total = exp_rows(z)
-        p = e / total[:, None]
-        if SCORE == 0 and not POST:
-            w = p
-    if SCORE > 0:
-        w = elementwise(z, SCORE)
-        if SCORE < 3:
-            w = tl.where(x == NEG_INF, 0.0, w)
-        slope = derivative(z, w, SCORE)
-    if RENORM:
-        chosen = tl.where(n > 0, w * n, 0.0)
-        whole = tl.sum(chosen, 1)
-        norm = tl.maximum(whole, MIN) + EPS
-        norm = tl.where(norm == 0, 1.0, norm)[:, None]
-        drag = tl.where(whole < MIN, 0.0, tl.sum(tl.where(n > 0, g * w, 0.0), 1))[:, None] / norm
-        g = tl.where(n > 0, (g - drag * n) / norm, 0.0)
-    gp = tl.zeros((BT, LANES), tl.float32)
-    if STATISTICS:
-        sequence = token // per_sequence
-        gp = tl.load(grad_sums_ptr + sequence[:, None] * E + lane, mask=inside, other=0.0)
-
-    # through the score
-    if SCORE == 0:
-        mean = tl.sum(tl.where(n > 0, g * w, 0.0), 1)[:, None]
-        dz = w * (g - n * mean) if POST else w * (g - mean)
-        if STATISTICS:
-            dz += p * (gp - tl.sum(gp * p, 1)[:, None])
-    else:
-        if STATISTICS and SCORE < 3:
-            s_total = tl.sum(w, 1)
-            s_total = tl.where(s_total == 0, 1.0, s_total)[:, None]
-            g += (gp - tl.sum(gp * w, 1)[:, None] / s_total) / s_total
-        dz = g * slope
-        if STATISTICS and SCORE == 3:
-            dz += p * (gp - tl.sum(gp * p, 1)[:, None])
-    if STATISTICS:
-        gl = tl.load(grad_squares_ptr + sequence, mask=alive_t, other=0.0)
-        lse = tl.where(tl.max(z, 1) == NEG_INF, 0.0, top + tl.log(total))
-        dz += (2 * gl * lse)[:, None] * p
-    if CAP > 0:
-        dz *= 1 - (z / CAP) * (z / CAP)
-    dz = tl.where(x == NEG_INF, 0.0, dz * MULTIPLIER)
-    tl.store(out_ptr + token.to(tl.int64)[:, None] * E + lane, dz.to(out_ptr.dtype.element_ty), mask=inside)
