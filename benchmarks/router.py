@@ -147,8 +147,7 @@ def triton_kernels_backward(kind, bias, logits):
     module = importlib.import_module("triton_kernels.topk")
     weights, ids, _ = module.topk_forward(logits, K)
     grad = torch.randn_like(weights)
-    rows = torch.full((1,), logits.shape[0], dtype=torch.int32, device=logits.device)
-    return None if kind != "softmax" else lambda: module.topk_backward(logits, ids, grad, K, rows, True)
+    return None if kind != "softmax" else lambda: module.topk_backward(logits, ids, grad, K, None, True)
 
 
 BACKWARD = {"moesaic": our_backward, "sonic": sonic_backward, "triton_kernels": triton_kernels_backward}

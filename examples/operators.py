@@ -29,7 +29,7 @@ def main() -> None:
 
     # fused_experts: the whole layer in one operator
     y = moesaic.fused_experts(x, w_gate_up, w_down, routing)
-    (y.square().mean() + 0.01 * moesaic.load_balancing_loss(routing, "sigmoid")).backward()
+    (y.square().mean() + 0.01 * moesaic.load_balancing_loss(routing)).backward()
     print("gradient of the router's weight has norm", router.grad.norm().item())
 
     # the same in pieces, for a layer with something of its own in the middle

@@ -8,7 +8,18 @@ from .op import explain, use
 from .ops.experts import fused_experts
 from .ops.grouped_matmul import grouped_matmul
 from .ops.permute import permute, unpermute
-from .ops.route import RouterConfig, load_balancing_loss, route, z_loss
+from .ops.route import (
+    RouterConfig,
+    cross_entropy_balance_loss,
+    device_balance_loss,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    route,
+    sequence_balance_loss,
+    uniform_cross_entropy_loss,
+    z_loss,
+)
 from .problem import Problem
 from .routing import Routing
 
@@ -22,14 +33,20 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "Unsupported",
+    "cross_entropy_balance_loss",
+    "device_balance_loss",
     "explain",
     "fused_experts",
     "grouped_matmul",
+    "importance_loss",
     "load_balancing_loss",
+    "load_loss",
     "nn",
     "permute",
     "route",
+    "sequence_balance_loss",
     "testing",
+    "uniform_cross_entropy_loss",
     "unpermute",
     "use",
     "z_loss",

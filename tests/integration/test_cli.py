@@ -207,11 +207,12 @@ def test_bench_writes_a_record_that_says_everything(tmp_path):
     assert {"date", "commit", "machine", "versions", "roofline"} <= record.keys()
     assert record["machine"]["threads"] == 1 and record["roofline"]["bf16"]["GB/s"] > 0
     cells = {(r["dtype"], r["tokens"], r["peer"]) for r in record["rows"]}
-    names = {"moesaic", "torch_loop", "torch_grouped_mm"}
+    names = {"moesaic", "torch_loop", "torch_grouped_mm", "dense_bmm"}
     assert {(d, t, n) for d in ("bf16", "fp32") for t in (1, 6) for n in names} <= cells
     for row in record["rows"]:
         assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"] and row["rounds"] >= 5
-        assert row["error"] < (1e-2 if row["dtype"] == "bf16" else 1e-6)
+        if row["peer"] != "dense_bmm":  # it computes something else
+            assert row["error"] < (1e-2 if row["dtype"] == "bf16" else 1e-6)
     (line,) = (s for s in record["summary"] if s["peer"] == "torch_loop")
     assert line["cells"] == 4 and 0 < line["ratio"]["lowest"] <= line["ratio"]["mean"]
     reasons = {line["peer"]: line["reason"] for line in record["not_run"]}

@@ -12,11 +12,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moesaic
-from moesaic import RouterConfig
+from moesaic import RouterConfig, route
 from moesaic.nn import PRESETS, Experts, MoE, MoEConfig, Router, split_experts
 from moesaic.testing import STAGES, assert_close, bounds, error_report
 
 SMALL = dict(hidden_size=64, intermediate_size=48, num_experts=16)
+MAIN = ("mixtral", "deepseek-v3", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss")
+# one more for each part that a layer can have
+PARTS = (*MAIN, "longcat-flash", "inkling", "gemma4", "llama4", "minimax-m3-vl", "deepseek-v4")
 
 
 def small(name: str, **overrides) -> MoE:
@@ -57,7 +60,7 @@ def test_presets_are_the_published_models():
         "olmoe": (2048, 1024, 64, 8, 0),
         "gpt-oss": (2880, 2880, 128, 4, 0),
     }
-    assert want.keys() == PRESETS.keys()
+    assert want.keys() <= PRESETS.keys()
     for name, sizes in want.items():
         c = MoEConfig.preset(name)
         assert (c.hidden_size, c.intermediate_size, c.num_experts, c.router.top_k, c.shared_width) == sizes, name
@@ -115,6 +118,16 @@ def test_overrides_reach_the_router():
         (dict(shared_intermediate_size=0, num_shared_experts=1), "shared_intermediate_size"),
         (dict(z_loss_coef=-1.0), "z_loss_coef"),
         (dict(init_std=0.0), "init_std"),
+        (dict(input_jitter=-0.1), "input_jitter"),
+        (dict(sequence_balance_loss_coef=-1.0), "sequence_balance_loss_coef"),
+        (dict(load_loss_coef=0.1), "noisy_topk"),
+        (dict(learned_scale="each"), "learned_scale"),
+        (dict(hash_vocab_size=-1), "hash_vocab_size"),
+        (dict(router_norm_eps=-1.0), "router_norm_eps"),
+        (dict(shared_activation="relu"), "num_shared_experts=0"),
+        (dict(shared_activation="swish", num_shared_experts=1), "activation"),
+        (dict(shared_logits=2, score="sigmoid"), "num_shared_experts=0"),
+        (dict(shared_logits=2, score="sigmoid", num_shared_experts=2, shared_intermediate_size=33), "width of 33"),
     ],
 )
 def test_bad_configuration_is_named(overrides, named):
@@ -128,7 +141,7 @@ def test_bad_preset_is_named():
 
 
 # ---------------------------------------------------------------- numbers
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PARTS)
 def test_layer_equals_reference(name):
     """The fp32 layer, shared experts and all, against the fp64 layer over the references: output and gradients."""
     layer = small(name)
@@ -182,6 +195,294 @@ def test_initial_scale():
     assert all(p.abs().sum().item() == 0 for n, p in layer.named_parameters() if n.endswith("bias"))
     layer = MoE(replace(config, init_std=0.02))
     assert layer.experts.down_proj.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+# ---------------------------------------------------------------- parts of a layer, each against a loop by hand
+def layer_of(seed: int = 0, **fields) -> MoE:
+    """A small layer of a hand-made configuration; fields of `RouterConfig` too."""
+    torch.manual_seed(seed)
+    return MoE(MoEConfig(16, 12, 6, RouterConfig(top_k=2)).replace(**fields))
+
+
+def expert(layer: MoE, e: int, v: torch.Tensor) -> torch.Tensor:
+    gate, up = (layer.experts.gate_up_proj[e] @ v).chunk(2)
+    return layer.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up)
+
+
+def close(y: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_without_matrices():
+    """Zero, identity and constant experts compete with the others and give nothing, the token, a learned vector."""
+    layer = layer_of(zero_experts=2, identity_experts=3, constant_experts=2, top_k=4, routed_scale=1.5)
+    x = torch.randn(40, 16, requires_grad=True)
+    logits = x @ layer.gate.weight.T
+    weights, ids = logits.softmax(-1).topk(4)
+    weights = weights / weights.sum(-1, keepdim=True)
+    rows = []
+    for t in range(40):
+        row = torch.zeros(16)
+        for w, e in zip(weights[t], ids[t].tolist(), strict=True):
+            kind = [expert(layer, e, x[t]) if e < 6 else 0 * x[t] if e < 8 else x[t] if e < 11 else
+                    layer.constants[e - 11]][0]  # fmt: skip
+            row = row + 1.5 * w * kind
+        rows.append(row)
+    want, y = torch.stack(rows), layer(x)
+    close(y, want)
+    assert set(ids.flatten().tolist()) == set(range(13))
+    direction = torch.randn(40, 16)
+    parameters = [x, *layer.parameters()]
+    grads = torch.autograd.grad((y * direction).sum(), parameters)
+    for grad, ref in zip(grads, torch.autograd.grad((want * direction).sum(), parameters), strict=True):
+        close(grad, ref)
+
+
+def test_shared_experts_weighed_by_the_router():
+    layer = layer_of(score="sigmoid", shared_logits=3, num_shared_experts=3, learned_scale="global", scale=2.0)
+    with torch.no_grad():
+        layer.gate.global_scale.fill_(1.7)
+    x = torch.randn(10, 16)
+    scores = (x @ layer.gate.weight.T).sigmoid()
+    chosen, ids = scores[:, :6].topk(2)
+    every = torch.cat((chosen, scores[:, 6:]), -1)
+    every = 3.4 * every / every.sum(-1, keepdim=True)
+    s = layer.shared_experts
+    for t, y in enumerate(layer(x)):
+        want = sum(every[t, k] * expert(layer, ids[t, k], x[t]) for k in range(2))
+        for n in range(3):
+            part = slice(12 * n, 12 * n + 12)
+            hidden = torch.nn.functional.silu(s.gate_proj.weight[part] @ x[t]) * (s.up_proj.weight[part] @ x[t])
+            want = want + every[t, 2 + n] * (s.down_proj.weight[:, part] @ hidden)
+        close(y, want)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_weights_on_the_input(top_k):
+    layer = layer_of(top_k=top_k, order="post", score="sigmoid", weight_on_input=True)
+    x = torch.randn(10, 16)
+    best, ids = (x @ layer.gate.weight.T).topk(top_k)
+    y = layer(x, token_mask=torch.arange(10) != 4)
+    assert not y[4].any()
+    for t in (t for t in range(10) if t != 4):
+        close(y[t], sum(expert(layer, ids[t, k], best[t, k].sigmoid() * x[t]) for k in range(top_k)))
+
+
+def test_shared_activation():
+    layer = layer_of(num_shared_experts=1, activation="swiglu_clamped", shared_activation="relu2")
+    assert not hasattr(layer.shared_experts, "gate_proj")
+    x = torch.randn(5, 16)
+    hidden = (x @ layer.shared_experts.up_proj.weight.T).relu().square()
+    close(layer(x) - layer.experts(x, layer.gate(x)), hidden @ layer.shared_experts.down_proj.weight.T)
+    assert sum(p.numel() for p in layer.parameters()) == layer.config.num_parameters
+
+
+def test_norm_and_scales_of_the_router():
+    layer = layer_of(router_norm_eps=1e-3, learned_scale="per_expert")
+    with torch.no_grad():
+        layer.gate.scale.uniform_(0.5, 1.5)
+        layer.gate.per_expert_scale.uniform_(0.5, 1.5)
+    x = torch.randn(10, 16)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * layer.gate.scale / 4
+    weights, ids = (normed @ layer.gate.weight.T).softmax(-1).topk(2)
+    weights = weights / weights.sum(-1, keepdim=True) * layer.gate.per_expert_scale[ids]
+    routing = layer.gate(x)
+    assert torch.equal(routing.topk_ids.long(), ids)
+    close(routing.topk_weights, weights)
+
+
+# ---------------------------------------------------------------- choices from elsewhere
+def test_token_ids_choose():
+    layer = layer_of(hash_vocab_size=50, score="sqrt_softplus")
+    table = layer.gate.tid2eid
+    assert bool((table[:, 0] != table[:, 1]).all()) and table.flatten().bincount(minlength=6).min() >= 16
+    x, tokens = torch.randn(2, 7, 16), torch.randint(50, (2, 7))
+    layer(x, input_ids=tokens)
+    assert torch.equal(layer.routing.topk_ids.long().view(2, 7, 2), table[tokens])
+    with pytest.raises(ValueError, match="Router: input_ids must be given"):
+        layer(x)
+    assert "gate.tid2eid" in layer.state_dict()
+
+
+def test_replay():
+    """The same ids at another time: the same output where the weights are the same, and gradients flow."""
+    layer = layer_of(noise="gaussian", noise_std=3.0)
+    x = torch.randn(2, 9, 16)
+    y = layer(x)
+    ids = layer.routing.topk_ids
+    assert torch.equal(layer(x, ids=ids.view(2, 9, 2)), y)
+    layer(x)
+    assert not torch.equal(layer.routing.topk_ids, ids)
+    layer(x, ids=ids).sum().backward()
+    assert layer.gate.weight.grad.abs().sum() > 0
+
+
+def test_masks_have_the_leading_dimensions():
+    layer = layer_of(num_shared_experts=1)
+    x, mask = torch.randn(2, 9, 16), torch.rand(2, 9) < 0.5
+    y = layer(x, token_mask=mask)
+    close(y[mask], layer(x[mask]))
+    close(y[~mask], layer.shared_experts(x[~mask]))
+    experts = torch.rand(2, 9, 6) < 0.8
+    experts[..., :2] = True
+    layer(x, expert_mask=experts)
+    assert bool(experts.view(18, 6).gather(1, layer.routing.topk_ids.long()).all())
+    layer(x, expert_mask=torch.tensor([True, False, True, False, False, False]))
+    assert layer.routing.tokens_per_expert.tolist() == [18, 0, 18, 0, 0, 0]
+
+
+def test_a_router_of_ones_own():
+    class Recurrent(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.inner = config, nn.Linear(16, 6)
+
+        def forward(self, x, *, state, **_):
+            return route(torch.tanh(self.inner(x)) + state, self.config.router)
+
+    layer = layer_of(load_balancing_loss_coef=0.1)
+    layer.gate = Recurrent(layer.config)
+    x, state = torch.randn(4, 16), torch.randn(4, 6)
+    y = layer(x, state=state)
+    close(y, layer.experts(x, layer.gate(x, state=state)))
+    assert layer.losses.keys() == {"load_balancing_loss"}
+
+
+# ---------------------------------------------------------------- training and evaluation
+def test_capacity_by_mode():
+    """The factor in force is that of the mode; what it drops shows in the routing."""
+    layer = layer_of(top_k=1, capacity_factor=1.0, eval_capacity_factor=1.2)
+    x = torch.randn(60, 16)
+    kept = {}
+    for training in (True, False):
+        layer.train(training)
+        layer(x)
+        kept[training] = layer.routing
+        assert int(layer.routing.tokens_per_expert.max()) == layer.routing.capacity == (10 if training else 12)
+        dropped = layer.routing.topk_ids < 0
+        assert int(dropped.sum()) == 60 - int(layer.routing.tokens_per_expert.sum())
+    assert kept[True].tokens_per_expert.sum() < kept[False].tokens_per_expert.sum()
+    assert (layer.train()(x)[kept[True].topk_ids[:, 0] < 0] == 0).all()
+
+
+def test_losses_count_what_was_dropped_also_without_gradient():
+    """Reentrant checkpointing makes its first forward without gradient; the losses of both are the same."""
+    layer = layer_of(load_balancing_loss_coef=1.0, capacity_factor=0.5)
+    x = torch.randn(30, 16)
+    layer(x)
+    loss = layer.losses["load_balancing_loss"]
+    with torch.no_grad():
+        layer(x)
+    torch.testing.assert_close(layer.losses["load_balancing_loss"], loss.detach())
+    assert layer.routing.choices.sum() == 60 > layer.routing.tokens_per_expert.sum()
+    assert layer.routing.probability_sums.grad_fn is None
+
+
+def test_sequence_balance_loss():
+    layer = layer_of(sequence_balance_loss_coef=0.5, load_balancing_loss_coef=0.25)
+    x = torch.randn(3, 8, 16)
+    layer(x)
+    routing = layer.gate(x.view(24, 16), sequences=3)
+    torch.testing.assert_close(layer.losses["sequence_balance_loss"], 0.5 * moesaic.sequence_balance_loss(routing))
+    torch.testing.assert_close(layer.losses["load_balancing_loss"], 0.25 * moesaic.load_balancing_loss(routing))
+    layer(x.view(24, 16), sequences=3)
+    torch.testing.assert_close(layer.losses["sequence_balance_loss"], 0.5 * moesaic.sequence_balance_loss(routing))
+    layer(x[:0])
+    assert layer.losses["sequence_balance_loss"] == 0
+
+
+def test_noise_is_learned():
+    """Noisy top-k: the second map gets gradient through the load loss, and through weights if noise is in them."""
+    x = torch.randn(30, 16)
+    for fields in (dict(load_loss_coef=0.1, importance_loss_coef=0.2), dict(noise_in_weights=True)):
+        layer = layer_of(noise="noisy_topk", **fields)
+        assert not layer.gate.noise_weight.any()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        (layer(x).square().mean() + sum(layer.losses.values())).backward()
+        optimizer.step()
+        assert layer.gate.noise_weight.any()
+        layer.eval()
+        assert torch.equal(layer(x), layer(x))
+    layer = layer_of(noise="noisy_topk", load_loss_coef=0.1, importance_loss_coef=0.2)
+    layer(x, generator=5)
+    routing = layer.gate(x, generator=5)
+    torch.testing.assert_close(layer.losses["load_loss"], 0.1 * moesaic.load_loss(routing))
+    torch.testing.assert_close(layer.losses["importance_loss"], 0.2 * moesaic.importance_loss(routing))
+
+
+def test_jitter_is_of_training():
+    layer = layer_of(input_jitter=0.3)
+    x = torch.randn(30, 16)
+    plain = x @ layer.gate.weight.T
+    first, again = layer.gate(x, generator=5).logits, layer.gate(x, generator=5).logits
+    assert torch.equal(first, again) and not torch.equal(first, layer.gate(x, generator=6).logits)
+    assert 0 < (first - plain).abs().max() <= 0.3 * (x.abs() @ layer.gate.weight.abs().T).max()
+    close(layer.eval().gate(x).logits, plain)
+
+
+NOISY = {
+    "gaussian": dict(noise="gaussian", noise_in_weights=True),
+    "noisy_topk": dict(noise="noisy_topk", noise_in_weights=True, load_balancing_loss_coef=0.1),
+    "jitter": dict(noise="jitter", noise_std=0.4, expert_sampling=0.7, input_jitter=0.2),
+    "sparsemixer": dict(policy="sparsemixer", order="pre", noise_std=0.2),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("seeded", [False, True], ids=["torch's generator", "an int"])
+@pytest.mark.parametrize("name", NOISY)
+def test_checkpointing_with_noise(name, seeded, reentrant):
+    layer = layer_of(**NOISY[name])
+    x, direction = torch.randn(24, 16), torch.randn(24, 16)
+
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        layer.zero_grad(set_to_none=True)
+        torch.manual_seed(7)
+        leaf = x.clone().requires_grad_()
+
+        def forward(leaf):
+            return layer(leaf, generator=3 if seeded else None)
+
+        y = checkpoint(forward, leaf, use_reentrant=reentrant) if checkpointed else forward(leaf)
+        (y * direction).sum().backward()
+        return {"x": leaf.grad, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    for key, grad in plain.items():
+        assert torch.equal(grad, checkpointed[key]), key
+
+
+COMPILED = {
+    "capacity": dict(capacity_factor=0.8, drop_policy="probability", renorm_after_drop=True, z_loss_coef=0.1),
+    "first choices first": dict(capacity_factor=0.8, drop_policy="choice", sequence_balance_loss_coef=0.1),
+    "without matrices": dict(zero_experts=1, identity_experts=1, constant_experts=1, top_k=3),
+    "shared": dict(score="sigmoid", shared_logits=2, num_shared_experts=2, learned_scale="global"),
+    "on the input": dict(order="post", score="sigmoid", weight_on_input=True, routed_scale=2.0),
+    "normed": dict(router_norm_eps=1e-6, learned_scale="per_expert"),
+    "table": dict(hash_vocab_size=30),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_parts(name, masked):
+    layer = layer_of(**COMPILED[name])
+    x, direction = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    given: dict[str, torch.Tensor] = {"token_mask": torch.rand(2, 9) < 0.6} if masked else {}
+    if layer.config.hash_vocab_size:
+        given["input_ids"] = torch.randint(30, (2, 9))
+    torch._dynamo.reset()
+    results = []
+    for module in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad(set_to_none=True)
+        leaf = x.clone().requires_grad_()
+        y = module(leaf, **given)
+        ((y * direction).sum() + sum(layer.losses.values())).backward()
+        losses = torch.tensor([v.item() for v in layer.losses.values()])
+        results.append((y.detach(), losses, leaf.grad, *(p.grad for p in layer.parameters())))
+    for compiled, eager in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=2e-6, atol=2e-6)
 
 
 # ---------------------------------------------------------------- losses
@@ -242,7 +543,7 @@ def test_training_lowers_the_loss_and_balances():
 
 
 # ---------------------------------------------------------------- state dict
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("names", ["llama", "mixtral"])
 def test_per_expert_round_trip(name, names):
     layer, other = small(name), MoE(MoEConfig.preset(name, **SMALL))
@@ -338,6 +639,26 @@ def test_a_faulty_checkpoint_is_named_and_writes_nothing(fault, named):
         layer.load_state_dict(faulty(saved, fault))
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def test_names_of_other_models():
+    """What others call the router's tensors, by itself and in a layer; ERNIE's bias has a dimension more."""
+    router = Router(MoEConfig.preset("deepseek-v3", **SMALL))
+    weight, bias = torch.randn(16, 64), torch.randn(16)
+    for name in ("wg.weight", "layer.weight", "classifier.weight", "proj.weight", "gate.weight"):
+        router.load_state_dict({name: weight, "moe_statics.e_score_correction_bias": bias[None]})
+        assert torch.equal(router.weight, weight) and torch.equal(router.e_score_correction_bias, bias)
+    layer = small("deepseek-v3")
+    saved = layer.state_dict()
+    theirs = {k.replace("gate.weight", "router.gate.weight").replace("shared_experts", "shared_mlp"): v + 1
+              for k, v in saved.items()}  # fmt: skip
+    theirs["expert_bias"] = theirs.pop("gate.e_score_correction_bias")
+    other = MoE(layer.config)
+    other.load_state_dict(theirs)
+    for key, value in saved.items():
+        assert torch.equal(other.state_dict()[key], value + 1), key
+    with pytest.raises(ValueError, match=r"expert_bias beside gate\.e_score_correction_bias"):
+        other.load_state_dict({**theirs, "gate.e_score_correction_bias": bias})
 
 
 def test_strict_false_skips_names_but_not_halves():
@@ -509,6 +830,24 @@ def test_meta_device():
     fresh.reset_parameters()
     assert torch.isfinite(fresh(x)).all()
     assert MoE(layer.config, device="meta")(torch.randn(3, 64, device="meta")).shape == (3, 64)
+
+
+def test_meta_device_of_every_part():
+    config = layer_of(
+        identity_experts=1, constant_experts=2, noise="noisy_topk", router_norm_eps=1e-6, learned_scale="per_expert",
+        selection_bias=True, router_bias=True, hash_vocab_size=9, num_shared_experts=1, shared_gated=True,
+    ).config  # fmt: skip
+    layer = MoE(config, device="meta")
+    x = torch.randn(3, 16, device="meta")
+    assert layer(x, input_ids=torch.zeros(3, dtype=torch.long, device="meta")).shape == (3, 16)
+    assert sum(p.numel() for p in layer.parameters()) == config.num_parameters
+    layer = layer.to_empty(device="cpu")
+    for t in (*layer.parameters(), *layer.buffers()):
+        t.data.fill_(77)
+    layer.reset_parameters()
+    assert all(bool((t != 77).all()) for t in (*layer.parameters(), *layer.buffers()))
+    for kept in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(kept.state_dict(), layer.state_dict())
 
 
 def test_copy_and_pickle_after_a_forward():

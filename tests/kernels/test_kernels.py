@@ -320,6 +320,16 @@ def test_route_edges(implementation, device):
     logits[1, 2] = float("nan")
     r = route(logits, top_k=2, score="sigmoid", implementation=implementation)
     assert 2 not in r.topk_ids[1].tolist() and torch.isfinite(r.topk_weights).all()
+    none = torch.nan
+    nan = torch.tensor([[none, 5.0, 0, 1], [none, none, 0, 1], [0, none, none, -3]], device=device)
+    for config in (
+        RouterConfig(3), RouterConfig(3, order="post"), RouterConfig(3, policy="top_p", threshold=0.9),
+        RouterConfig(3, policy="entropy", threshold=0.5), RouterConfig(2, "sigmoid", num_groups=2),
+        RouterConfig(2, "sigmoid", num_groups=2, group_score="max"),
+    ):  # fmt: skip
+        got, want = (route(nan, config, implementation=i) for i in (implementation, "reference"))
+        for table in TABLES:
+            assert torch.equal(getattr(got, table), getattr(want, table)), (table, config)
     inf = float("-inf")
     logits = torch.tensor([[1.0, inf, inf, 2], [inf] * 4, [0, 1, 2, 3]], device=device, requires_grad=True)
     for order, score in (("pre", "softmax"), ("pre_renorm", "sigmoid"), ("post", "softmax"), ("pre", "log_sigmoid")):

@@ -57,10 +57,11 @@ class Row:
         tflops, gbs: the layer's least operations and least bytes, over the median.
         floor_ms, roofline: the least time by the measured roofline, and its share of the median.
         error: relative norm error of the output against fp64.
-        vs_best_peer: the best peer's time over this one's; above 1 is faster than every peer.
+        vs_best_peer: the best peer's time over this one's; above 1 is faster than every peer. Bounds are no peers.
         paired: of ours against each peer, the median over rounds of the ratio within a round.
         mode: `call`, `graph` or `event`, how it was timed.
         host_us: on a GPU, the time that the host needs to enqueue a call.
+        limits: what the candidate's own tuning was held to.
     """
 
     shape: str
@@ -83,6 +84,7 @@ class Row:
     rounds: int = 0
     host_us: float | None = None
     implementation: str = ""
+    limits: str = ""
 
 
 @dataclass
@@ -157,7 +159,8 @@ def _cell(plan: Plan, peak: roofline.Roofline, layer: Layer, shape: str, dtype: 
     hit = statistics.mean(len(batch.ids.unique()) for batch in batches)
     work = roofline.work(layer.case, layer.dtype, tokens, hit, plan.train)
     floor = peak.seconds(work)
-    best = min((s.median for name, s in samples.items() if name in plan.peers), default=None)
+    rivals = {peer.name for peer in candidates if peer.name in plan.peers and not peer.bound}
+    best = min((s.median for name, s in samples.items() if name in rivals), default=None)
     rows = []
     for peer in candidates:
         row = Row(shape, dtype, tokens, peer.name, peer.ours, reasons.get(peer.name))
@@ -170,7 +173,7 @@ def _cell(plan: Plan, peak: roofline.Roofline, layer: Layer, shape: str, dtype: 
                 vs_best_peer=None if best is None else best / sample.median,
                 paired={p: _paired(samples[p], sample) for p in plan.peers if peer.ours and p in samples},
                 mode=sample.mode, rounds=len(sample.seconds), host_us=_host_us(calls[peer.name], batches, layer.device),
-                implementation=_implementation(peer, layer, tokens),
+                implementation=_implementation(peer, layer, tokens), limits=peer.limits,
             )  # fmt: skip
         rows.append(row)
     return rows

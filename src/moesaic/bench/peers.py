@@ -26,6 +26,7 @@ from ..op import explain
 from ..ops.experts import fused_experts
 from ..problem import Problem
 from ..routing import Routing
+from . import limits
 from .layer import Batch, Layer
 
 Call = Callable[[Batch], Tensor]
@@ -41,6 +42,8 @@ class Peer:
         graph: its call can be captured in a CUDA graph.
         comparable: it computes the same function, so its error means something.
         ours: it is moesaic.
+        bound: it skips part of the layer, so ours is not ranked against it.
+        limits: what its own tuning was held to; goes with its figures.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Peer:
     graph: bool = True
     comparable: bool = True
     ours: bool = False
+    bound: bool = False
+    limits: str = ""
 
 
 def found(module: str) -> bool:
@@ -166,6 +171,36 @@ def _torch_grouped_mm(layer: Layer) -> Call:
     return call
 
 
+def _dense_bmm(layer: Layer) -> Call:
+    """The bound: both products as one cuBLAS batched product each, over even groups, without routing or activation.
+
+    As many groups as experts are hit, all of one length, rounded up. Each batch reads another run of experts, so that
+    weights come from memory as often as the layer's do.
+    """
+    case, E = layer.case, layer.case.num_experts
+    ups, downs = (w if case.transposed else w.mT for w in (layer.w_gate_up, layer.w_down))
+    rows: list[Tensor] = []  # one random input, cut to every batch's groups
+    groups: dict[int, tuple[slice, int]] = {}
+
+    def group(batch: Batch) -> tuple[slice, int]:
+        hit = len(batch.ids.unique())
+        first = len(groups) * hit % (E - hit + 1)
+        return slice(first, first + hit), -(-batch.ids.numel() // hit)
+
+    def call(batch: Batch) -> Tensor:
+        if not rows:
+            size = batch.ids.numel() + E, case.hidden_size
+            rows.append(torch.randn(size, dtype=layer.dtype, device=layer.device))
+        if id(batch) not in groups:
+            groups[id(batch)] = group(batch)
+        experts, length = groups[id(batch)]
+        hit = experts.stop - experts.start
+        h = torch.bmm(rows[0][: hit * length].view(hit, length, -1), ups[experts])
+        return torch.bmm(h[..., : case.intermediate_size], downs[experts]).flatten(0, 1)
+
+    return call
+
+
 # ---------------------------------------------------------------- Hugging Face
 def _hf_why_not(layer: Layer) -> str | None:
     if not found("transformers"):
@@ -243,11 +278,55 @@ def _triton_kernels(layer: Layer) -> Call:
     return call
 
 
+def _deepgemm_why_not(layer: Layer) -> str | None:
+    if reason := _gpu_swiglu("deep_gemm", trains=False)(layer):
+        return reason
+    if layer.dtype != torch.bfloat16:
+        return f"its 16-bit grouped GEMM takes bf16 alone, got {layer.dtype}"
+    if torch.cuda.get_device_capability(layer.device)[0] < 9:
+        return "deep_gemm needs compute capability 9.0 or newer"
+    return None
+
+
+def _deepgemm(layer: Layer) -> Call:
+    """DeepGEMM's grouped bf16 GEMM, twice; it has no layer of its own, so plain torch does the rest.
+
+    Each expert's rows start at a multiple of its tile and rows without an expert are marked -1. The buffer holds the
+    most rows that any routing can need, so the host never waits for the counts and a graph can hold the call.
+    """
+    deep_gemm: Any = importlib.import_module("deep_gemm")
+    case, act, tile = layer.case, ACTIVATIONS["swiglu"], deep_gemm.get_mk_alignment_for_contiguous_layout()
+    experts = torch.arange(case.num_experts, device=layer.device)
+
+    def product(rows: Tensor, w: Tensor, owner: Tensor) -> Tensor:
+        out = rows.new_empty(rows.shape[0], w.shape[1])
+        deep_gemm.m_grouped_bf16_gemm_nt_contiguous(rows, w, out, owner)
+        return out
+
+    def call(batch: Batch) -> Tensor:
+        T, K = batch.ids_long.shape
+        chosen, order = batch.ids_long.flatten().sort(stable=True)
+        ends = torch.searchsorted(chosen, experts, right=True)
+        begins = torch.searchsorted(chosen, experts)
+        lengths = (ends - begins + tile - 1) // tile * tile
+        place = torch.arange(T * K, device=layer.device) + (lengths.cumsum(0) - lengths - begins)[chosen]
+        size = (T * K + min(T * K, case.num_experts) * (tile - 1)) // tile * tile
+        owner = torch.full((size,), -1, dtype=torch.int32, device=layer.device)
+        owner[place] = chosen.int()
+        rows = batch.x.new_empty(size, batch.x.shape[1])  # nobody reads what padding computes
+        rows[place] = batch.x[order // K]
+        out = product(apply(act, product(rows, layer.w_gate_up, owner), False), layer.w_down, owner)
+        back = torch.empty_like(order).scatter_(0, order, place)
+        return (out[back].view(T, K, -1) * batch.weights_low[..., None]).sum(1)
+
+    return call
+
+
 def _sonic(layer: Layer) -> Call:
-    """SonicMoE: its two autograd functions behind its own index build."""
+    """SonicMoE: its two autograd functions behind its own index build. `limits` says what it may try."""
     functional: Any = importlib.import_module("sonicmoe.functional")
     swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
-    _few_quack_tiles(importlib.import_module("quack.gemm_interface"))
+    limits.sonic()
     case, train = layer.case, layer.train
     E, K = case.num_experts, case.top_k
     up, down = layer.w_gate_up.permute(1, 2, 0), layer.w_down.permute(1, 2, 0)
@@ -270,28 +349,13 @@ def _sonic(layer: Layer) -> Call:
     return call
 
 
-def _few_quack_tiles(interface: Any) -> None:
-    """Leave quack's autotuner the tiles that SonicMoE itself picks on Hopper: all of them take minutes a shape."""
-    tiles = {(128, 256, False), (128, 192, True), (128, 128, True)}
-    for name in ("gemm_tuned", "gemm_gated_tuned", "gemm_dgated_tuned", "gemm_dact_tuned", "gemm_act_tuned"):
-        tuner = getattr(interface, name, None)
-        if tuner is None or getattr(tuner, "_moesaic_pruned", False):
-            continue
-
-        def prune(arguments, every=tuner.prune_configs):
-            configs = every(arguments)
-            picked = [
-                c for c in configs
-                if (c.kwargs["config"].tile_m, c.kwargs["config"].tile_n, c.kwargs["config"].pingpong) in tiles
-                and c.kwargs["config"].cluster_m == 2 and not c.kwargs["config"].swap_ab
-            ]  # fmt: skip
-            return picked or configs[:3]
-
-        tuner.prune_configs, tuner._moesaic_pruned = prune, True
-
-
 def _liger(layer: Layer) -> Call:
+    """Liger's autograd function. `limits` says what it may try.
+
+    It reads a count back to the host in every call, so no graph holds it.
+    """
     function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    limits.liger()
     return lambda batch: function.apply(batch.x, layer.w_gate_up, layer.w_down, batch.ids, batch.weights)
 
 
@@ -304,8 +368,11 @@ PEERS: dict[str, Peer] = {
         Peer("vllm", "vLLM (Triton)", _vllm_why_not, _vllm),
         Peer("triton_kernels", "triton_kernels", _gpu_swiglu("triton_kernels", trains=False), _triton_kernels,
              comparable=False),
-        Peer("sonic", "SonicMoE", _gpu_swiglu("sonicmoe", trains=True), _sonic),
-        Peer("liger", "Liger", _gpu_swiglu("liger_kernel", trains=True), _liger),
+        Peer("deepgemm", "DeepGEMM in plain torch", _deepgemm_why_not, _deepgemm),
+        Peer("sonic", "SonicMoE", _gpu_swiglu("sonicmoe", trains=True), _sonic, limits=limits.SONIC),
+        Peer("liger", "Liger", _gpu_swiglu("liger_kernel", trains=True), _liger, graph=False, limits=limits.LIGER),
+        Peer("dense_bmm", "both products alone, batched", lambda layer: "has no backward" if layer.train else None,
+             _dense_bmm, comparable=False, bound=True),
     )
 }  # fmt: skip
 

@@ -80,16 +80,23 @@ def commit() -> str | None:
     return head + ("+" if git("status", "--porcelain", "--", where) else "") if head and tracked else None
 
 
-def record(result: Result, commit_id: str | None = None, note: str = "") -> dict[str, Any]:
-    """The whole run as plain values: machine, versions, commit, command line, date, rooflines and rows."""
+def provenance(device: torch.device, commit_id: str | None = None, note: str = "") -> dict[str, Any]:
+    """When, where and with what a record was made: date, command line, commit, note, machine and versions."""
     return {
-        "what": "training" if result.plan.train else "inference",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["moesaic", *sys.argv[1:]]),
         "commit": commit_id or commit(),
         "note": note,
-        "machine": machine(torch.device(result.plan.device)),
+        "machine": machine(device),
         "versions": versions(),
+    }
+
+
+def record(result: Result, commit_id: str | None = None, note: str = "") -> dict[str, Any]:
+    """The whole run as plain values: machine, versions, commit, command line, date, rooflines and rows."""
+    return {
+        "what": "training" if result.plan.train else "inference",
+        **provenance(torch.device(result.plan.device), commit_id, note),
         "plan": asdict(result.plan),
         "roofline": {
             dtype: {"GB/s": r.bandwidth / 1e9, "TFLOP/s": r.flops / 1e12} for dtype, r in result.rooflines.items()

@@ -7,9 +7,10 @@ the time is the device's; larger calls are timed one at a time behind a cache fl
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -108,6 +109,17 @@ def _cuda_timer(
         return start.elapsed_time(end) / 1e3
 
     return "event", timer
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for torch: work this small takes less time than handing half of it to another thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def host_seconds(call: Call, batches: int, device: torch.device, repeats: int = 20) -> float:

@@ -7,10 +7,10 @@ import sys
 import typer
 
 from ..errors import MissingExtra, Unsupported
-from .bench import bench
 from .demo import demo
 from .env import env
 from .screen import UsageMistake
+from .studies import bench
 from .verify import verify
 
 app = typer.Typer(
@@ -18,8 +18,10 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     epilog="Exit codes: 0 ok, 1 a check failed, 2 wrong usage or a missing extra.",
 )  # fmt: skip
-for verb in (demo, bench, verify, env):
-    app.command()(verb)
+app.command()(demo)
+app.add_typer(bench, name="bench")
+app.command()(verify)
+app.command()(env)
 
 
 def _version(wanted: bool) -> None:

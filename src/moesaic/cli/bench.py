@@ -1,4 +1,4 @@
-"""`moesaic bench`: one layer of experts, ours beside everything else that can run here."""
+"""`moesaic bench`: one layer of experts, ours beside everything else that can run here. Studies are its subcommands."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .screen import Clock, Device, Json, Screen, UsageMistake, clean, names, num
 
 
 def bench(
+    context: typer.Context,
     shapes: Annotated[
         str, typer.Option(help="Names in moesaic.cases.CASES; NAME-small shrinks one.")
     ] = "olmoe,qwen3-30b-a3b",
@@ -42,6 +43,9 @@ def bench(
     Medians over rotating batches; TFLOP/s and GB/s count the least work the layer needs; roofline is the share of what
     this machine was measured to do in the same run; error is against fp64. Exit code 1 if moesaic itself fails.
     """
+    if context.invoked_subcommand is not None:
+        _only_the_study(context, context.invoked_subcommand)
+        return
     screen, here, clock = Screen(as_json), pick_device(device), Clock()
     plan = Plan(
         names(shapes), numbers(tokens, "--tokens"), names(dtypes), _peers(peers), str(here), train, distribution,
@@ -68,6 +72,14 @@ def bench(
     screen.emit(kept)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _only_the_study(context: typer.Context, study: str) -> None:
+    """An option before a study's name would be lost: say so."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageMistake(f"bench: options of a study come after its name, as in: moesaic bench {study} --json")
 
 
 def _run(screen: Screen, plan: Plan, out: Path | None, commit: str | None, note: str) -> Result:
@@ -100,6 +112,8 @@ def _rest(screen: Screen, result: Result, seconds: float) -> None:
             f" over {line['cells']} cells, lowest {ratio['lowest']:.2f}x at {ratio['at']}; round by round "
             f"{paired['mean']:.2f}x, lowest {paired['lowest']:.2f}x at {paired['at']}",
         ))  # fmt: skip
+    for peer, limits in {row.peer: row.limits for row in result.measured if row.limits}.items():
+        screen.print(Text(f"{peer}: {limits}", style="dim"))
     for (peer, reason), cells in result.not_run.items():
         where = (
             "" if len(cells) == len({(r.shape, r.dtype, r.tokens) for r in result.rows}) else f" ({', '.join(cells)})"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import shlex
 import textwrap
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +18,7 @@ from rich.text import Text
 
 from ..bench import Plan, Result, report
 from ..bench import run as measure
+from ..bench.timing import one_thread
 from ..diagnose import Comparison, compare, heatmap, load_statistics
 from ..errors import MissingExtra
 from .env import explained, implementations_table, typical
@@ -130,7 +129,7 @@ def _model_part(screen: Screen, checkpoint: Path, device: torch.device, out: Pat
         "    model = AutoModelForCausalLM.from_pretrained(\n"
         '        path, [bold]experts_implementation="moesaic"[/bold])\n'
     )
-    with screen.progress() as advance, _one_thread():
+    with screen.progress() as advance, one_thread():
         completions = [_complete(model, prompt, advance) for prompt in PROMPTS]
     _show_completions(screen, completions)
     ids = _real_code(config.max_position_embeddings).to(device)
@@ -145,17 +144,6 @@ def _model_part(screen: Screen, checkpoint: Path, device: torch.device, out: Pat
         "completions": [asdict(c) for c in completions],
         "layers": {dtype: _plain(comparison) for dtype, comparison in compared.items()}, "load": loads,
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A token of a model this small takes less time than handing half of it to another thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _complete(model: Any, prompt: str, advance: Any) -> Completion:

@@ -103,13 +103,18 @@ class Screen:
             self.print(f"[dim]{note}[/dim]")
 
     @contextlib.contextmanager
-    def progress(self, total: int | None = None) -> Iterator[Any]:
-        """Yields `advance(what)`: a bar on a terminal, nothing in a pipe."""
-        if not self.tty:
+    def progress(self, total: int | None = None, aside: bool = False) -> Iterator[Any]:
+        """Yields `advance(what)`: a bar on a terminal, nothing in a pipe.
+
+        Args:
+            aside: draw it on stderr, where it can run beside `--json` and a piped stdout; print nothing meanwhile.
+        """
+        if not (sys.stderr.isatty() if aside else self.tty):
             yield lambda what, done=1: None
             return
+        console = Console(stderr=True) if aside else self.console
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as bars:
+        with Progress(*columns, console=console, transient=True) as bars:
             task = bars.add_task("", total=total)
 
             def advance(what: str, done: float = 1) -> None:

@@ -1,5 +1,6 @@
 """moesaic.nn: the layer as torch modules, `MoE(MoEConfig.preset("qwen3-moe"))`, with Hugging Face's parameter names."""
 
+from .balance import BiasBalancer
 from .config import PRESETS, MoEConfig
 from .modules import Experts, MoE, Router, SharedExperts
 from .state_dict import PER_EXPERT_NAMES, split_experts
@@ -7,6 +8,7 @@ from .state_dict import PER_EXPERT_NAMES, split_experts
 __all__ = [
     "PER_EXPERT_NAMES",
     "PRESETS",
+    "BiasBalancer",
     "Experts",
     "MoE",
     "MoEConfig",

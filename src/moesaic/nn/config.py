@@ -1,19 +1,19 @@
-"""MoEConfig: the frozen description of one Mixture-of-Experts layer, and PRESETS, those of published models.
-
-To add a model, add an entry to PRESETS; its sizes come from the shared table in `moesaic.cases`.
-"""
+"""MoEConfig: the frozen description of one Mixture-of-Experts layer, and PRESETS, those of published models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..activations import Activation, resolve
-from ..cases import CASES
 from ..errors import check_choice
 from ..ops.experts import LAYOUTS
 from ..ops.route import RouterConfig
+from .presets import ROWS
+
+LEARNED_SCALES = ("none", "per_expert", "global")
+COEFFICIENTS = ("load_balancing_loss_coef", "sequence_balance_loss_coef", "importance_loss_coef", "load_loss_coef",
+                "z_loss_coef")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,10 @@ class MoEConfig:
     """One layer: its sizes, its router, how its expert weights are stored, its shared experts, its losses.
 
     Attributes:
-        hidden_size, intermediate_size, num_experts: H, I (after the gate) and E.
-        router: what the router does with its logits; holds `top_k`.
+        hidden_size, intermediate_size, num_experts: H, I (after the gate) and E, experts with matrices.
+        router: what the router does with its logits; holds `top_k`, the capacity, noise, and the experts without
+            matrices: identity experts give the token back, constant ones a learned vector, zero ones nothing. Its
+            `shared_logits` weigh the shared experts, one each.
         activation: a name in `moesaic.ACTIVATIONS`, or an entry with other constants.
         layout: gate and up as `"concatenated"` halves or `"interleaved"` columns of the first expert matrix.
         transposed: both expert matrices are stored input-major, `(E, H, 2I)` and `(E, I, H)`.
@@ -30,11 +32,25 @@ class MoEConfig:
         router_bias: the router's product has a bias, which takes part in choice and weight (gpt-oss).
         selection_bias: the router has the buffer `e_score_correction_bias`, which takes part in the choice alone
             (DeepSeek-V3).
+        router_norm_eps: the router reads `scale · H^-1/2 · x / sqrt(mean(x²) + eps)` with a learned `scale (H,)`
+            (Gemma 4); None for x itself.
+        learned_scale: factor of the router's weights that is learned: `"per_expert"` (Gemma 4), `"global"`, one for
+            all, shared experts too (Inkling), or `"none"`.
+        hash_vocab_size: a buffer `tid2eid (hash_vocab_size, K)` chooses the experts of each token id (DeepSeek-V4's
+            first layers); 0 for a choice by scores.
+        input_jitter: in training the router reads x times U(1 - jitter, 1 + jitter), elementwise (Switch).
+        weight_on_input: weights multiply the experts' input, not their output (Llama 4).
+        routed_scale: factor of what the experts with and without matrices give together, shared ones excepted
+            (MiniMax-M3); a scale of the router's weights is `router.scale`.
         num_shared_experts: experts that every token goes through, fused into one dense MLP; 0 for none.
         shared_intermediate_size: width of that MLP; by default `num_shared_experts · intermediate_size`.
         shared_gated: scale the shared output by `sigmoid(w · x)`, one number a token (Qwen2-MoE).
+        shared_activation: that of the shared experts; by default `activation`.
         load_balancing_loss_coef: factor of Switch's balance loss; 0 leaves it out. Hugging Face's form of that loss is
             K times ours, so its `router_aux_loss_coef` is this number divided by K.
+        sequence_balance_loss_coef: factor of DeepSeek-V3's balance loss within each sequence; 0 leaves it out.
+        importance_loss_coef, load_loss_coef: factors of Shazeer's losses; that of the load needs
+            `noise="noisy_topk"`, whose second map it trains. 0 leaves them out.
         z_loss_coef: factor of the router's z-loss; 0 leaves it out.
         init_std: standard deviation of the initial weights; None takes 1/sqrt(fan in), which keeps the scale of
             activations at any width (and is about the usual 0.02 at H = 2048).
@@ -50,10 +66,20 @@ class MoEConfig:
     expert_bias: bool = False
     router_bias: bool = False
     selection_bias: bool = False
+    router_norm_eps: float | None = None
+    learned_scale: str = "none"
+    hash_vocab_size: int = 0
+    input_jitter: float = 0.0
+    weight_on_input: bool = False
+    routed_scale: float = 1.0
     num_shared_experts: int = 0
     shared_intermediate_size: int | None = None
     shared_gated: bool = False
+    shared_activation: str | Activation | None = None
     load_balancing_loss_coef: float = 0.0
+    sequence_balance_loss_coef: float = 0.0
+    importance_loss_coef: float = 0.0
+    load_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
     init_std: float | None = None
 
@@ -67,31 +93,56 @@ class MoEConfig:
             )
         resolve(self.activation, who)
         check_choice(who, "layout", self.layout, LAYOUTS)
+        check_choice(who, "learned_scale", self.learned_scale, LEARNED_SCALES)
         self.router.check(self.num_experts, who)
+        _check_at_least(who, "hash_vocab_size", self.hash_vocab_size, 0)
         _check_at_least(who, "num_shared_experts", self.num_shared_experts, 0)
-        if self.shared_intermediate_size is not None:
-            _check_at_least(who, "shared_intermediate_size", self.shared_intermediate_size, 1)
-        if not self.num_shared_experts and (self.shared_gated or self.shared_intermediate_size is not None):
-            raise ValueError(
-                f"{who}: shared_gated and shared_intermediate_size need shared experts, got num_shared_experts=0; set "
-                "it to 1 or more."
-            )
-        for name in ("load_balancing_loss_coef", "z_loss_coef"):
+        self._check_shared(who)
+        for name in (*COEFFICIENTS, "input_jitter"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{who}: {name} must be at least 0, got {getattr(self, name)}; use 0 to leave it out.")
+        if self.load_loss_coef and self.router.noise != "noisy_topk":
+            raise ValueError(
+                f"{who}: load_loss_coef needs noise='noisy_topk', got {self.router.noise!r}; set it, or use "
+                "load_balancing_loss_coef."
+            )
+        if self.router_norm_eps is not None and not self.router_norm_eps >= 0:
+            raise ValueError(
+                f"{who}: router_norm_eps must be at least 0, got {self.router_norm_eps}; use None for no norm."
+            )
         if self.init_std is not None and not self.init_std > 0:
             raise ValueError(f"{who}: init_std must be positive, got {self.init_std}; use None for 1/sqrt(fan in).")
+
+    def _check_shared(self, who: str) -> None:
+        own = (self.shared_intermediate_size, self.shared_activation)
+        if not self.num_shared_experts and (self.shared_gated or any(value is not None for value in own)):
+            raise ValueError(
+                f"{who}: shared_gated, shared_intermediate_size and shared_activation need shared experts, got "
+                "num_shared_experts=0; set it to 1 or more."
+            )
+        if self.shared_intermediate_size is not None:
+            _check_at_least(who, "shared_intermediate_size", self.shared_intermediate_size, 1)
+        if self.shared_activation is not None:
+            resolve(self.shared_activation, who)
+        weighed, n = self.router.shared_logits, self.num_shared_experts
+        if weighed and (weighed != n or self.shared_width % n):
+            raise ValueError(
+                f"{who}: the router's shared_logits weigh equal shared experts one by one, got {weighed} of them, "
+                f"num_shared_experts={n} and a shared width of {self.shared_width}; make the numbers agree."
+            )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MoEConfig:
         """The layer of a published model, e.g. `MoEConfig.preset("deepseek-v3", num_experts=32)`.
 
         Args:
-            name: a key of `PRESETS`.
+            name: a key of `PRESETS`, the model's type in transformers (`deepseek_v3` is as good as `deepseek-v3`).
+                `moesaic.nn.presets` says what some models do around their layer.
             overrides: fields of `MoEConfig` or of `RouterConfig` (`top_k=4`), as in `replace`.
         """
-        check_choice("MoEConfig.preset", "name", name, tuple(PRESETS))
-        return PRESETS[name].replace(**overrides)
+        key = name.replace("_", "-")
+        check_choice("MoEConfig.preset", "name", key, tuple(PRESETS))
+        return PRESETS[key].replace(**overrides)
 
     def replace(self, **overrides: Any) -> MoEConfig:
         """A copy with some fields changed; a field of `RouterConfig` goes to the router."""
@@ -116,6 +167,26 @@ class MoEConfig:
         return self.shared_intermediate_size or self.num_shared_experts * self.intermediate_size
 
     @property
+    def shared_act(self) -> str | Activation:
+        """The shared experts' activation."""
+        return self.activation if self.shared_activation is None else self.shared_activation
+
+    @property
+    def router_columns(self) -> int:
+        """Logits of a token: experts with and without matrices, then shared ones."""
+        return self.router.columns(self.num_experts)
+
+    @property
+    def num_candidates(self) -> int:
+        """Experts that can be chosen, with and without matrices."""
+        return self.num_experts + self.router.extra_experts
+
+    @property
+    def has_losses(self) -> bool:
+        """The layer has auxiliary losses in training."""
+        return any(getattr(self, name) for name in COEFFICIENTS)
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the layer (buffers excluded)."""
         return self._parameters(self.num_experts)
@@ -126,12 +197,15 @@ class MoEConfig:
         return self._parameters(self.router.top_k)
 
     def _parameters(self, experts: int) -> int:
-        H, I, E = self.hidden_size, self.intermediate_size, self.num_experts
-        act = resolve(self.activation)
-        N = act.width(I)
+        H, I, r = self.hidden_size, self.intermediate_size, self.router
+        N = resolve(self.activation).width(I)
         expert = N * H + H * I + (N + H if self.expert_bias else 0)
-        shared = (act.width(self.shared_width) + self.shared_width) * H + (H if self.shared_gated else 0)
-        return experts * expert + shared + E * H + (E if self.router_bias else 0)
+        shared = (resolve(self.shared_act).width(self.shared_width) + self.shared_width) * H
+        shared += H if self.shared_gated else 0
+        router = self.router_columns * (H + self.router_bias) + (0 if self.router_norm_eps is None else H)
+        router += self.num_candidates * H if r.noise == "noisy_topk" else 0
+        router += {"none": 0, "per_expert": self.num_candidates, "global": 1}[self.learned_scale]
+        return experts * expert + shared + router + r.constant_experts * H
 
 
 def _check_at_least(who: str, name: str, value: Any, least: int) -> None:
@@ -139,29 +213,4 @@ def _check_at_least(who: str, name: str, value: Any, least: int) -> None:
         raise ValueError(f"{who}: {name} must be an integer of at least {least}, got {value!r}.")
 
 
-def _model(case_name: str, *, router: Mapping[str, Any] | None = None, **others: Any) -> MoEConfig:
-    case = CASES[case_name]
-    return MoEConfig(
-        hidden_size=case.hidden_size, intermediate_size=case.intermediate_size, num_experts=case.num_experts,
-        router=RouterConfig(top_k=case.top_k, **(router or {})), activation=case.activation, layout=case.layout,
-        transposed=case.transposed, expert_bias=case.bias, **others,
-    )  # fmt: skip
-
-
-# Loss factors: Hugging Face's `router_aux_loss_coef` of the model's configuration class times K (see MoEConfig), except
-# OLMoE's, which are its paper's (arXiv 2409.02060, whose balance loss has our form). DeepSeek-V3 balances by its bias.
-PRESETS: dict[str, MoEConfig] = {
-    "mixtral": _model("mixtral-8x7b", load_balancing_loss_coef=0.002),
-    "deepseek-v3": _model(
-        "deepseek-v3",
-        router=dict(score="sigmoid", norm_eps=1e-20, scale=2.5, num_groups=8, topk_groups=4, group_score="top2_sum"),
-        selection_bias=True, num_shared_experts=1,
-    ),
-    "qwen2-moe": _model(
-        "qwen2-moe-a2.7b", router=dict(order="pre"), num_shared_experts=4, shared_gated=True,
-        load_balancing_loss_coef=0.004,
-    ),
-    "qwen3-moe": _model("qwen3-30b-a3b", load_balancing_loss_coef=0.008),
-    "olmoe": _model("olmoe", router=dict(order="pre"), load_balancing_loss_coef=0.01, z_loss_coef=0.001),
-    "gpt-oss": _model("gpt-oss-120b", router=dict(order="post"), router_bias=True, load_balancing_loss_coef=0.004),
-}  # fmt: skip
+PRESETS: dict[str, MoEConfig] = {name: MoEConfig(**row) for name, row in ROWS.items()}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,54 +17,140 @@ from torch import Tensor, nn
 
 from ..activations import resolve
 from ..ops.experts import fused_experts
-from ..ops.route import load_balancing_loss, route, z_loss
+from ..ops.route import (
+    gate,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    router_logits,
+    sequence_balance_loss,
+    z_loss,
+)
+from ..ops.route.policies import generator_of
 from ..routing import Routing
 from .config import MoEConfig
-from .state_dict import load_experts, load_layer
+from .state_dict import load_experts, load_layer, load_router
+
+# In the order of `MoE.losses`; each has its coefficient in the configuration, its name with `_coef`.
+LOSSES = {loss.__name__: loss for loss in
+          (load_balancing_loss, sequence_balance_loss, importance_loss, load_loss, z_loss)}  # fmt: skip
+_WEIGHTS = ("topk_weights", "shared_weights", "identity_weight", "constant_weights")
 
 
 class Router(nn.Module):
     """The gate: `routing = route(W x + b)`, the product and the scores in fp32 whatever the dtypes of x and W.
 
-    Parameters: `weight (E, H)`; `bias (E,)` if `config.router_bias`. Buffer: `e_score_correction_bias (E,)`, fp32 at
-    creation, if `config.selection_bias`.
+    Parameters: `weight (C, H)`, C the columns of the logits, E unless the configuration has experts without matrices or
+    weighed shared ones; `bias (C,)` if `config.router_bias`; `scale (H,)` if `config.router_norm_eps` is given;
+    `per_expert_scale (E,)` or `global_scale (1,)`, as `config.learned_scale` says; `noise_weight (E, H)` for
+    `noise="noisy_topk"`. Buffers: `e_score_correction_bias (E,)`, fp32 at creation, if `config.selection_bias`;
+    `tid2eid (V, K)` if `config.hash_vocab_size` is V. Here E counts the experts without matrices too.
+
+    In training mode noise, expert sampling and the training capacity are on.
     """
 
     bias: Tensor | None
+    scale: Tensor | None
+    per_expert_scale: Tensor | None
+    global_scale: Tensor | None
+    noise_weight: Tensor | None
     e_score_correction_bias: Tensor | None
+    tid2eid: Tensor | None
 
     def __init__(self, config: MoEConfig, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        E, H = config.num_experts, config.hidden_size
-        self.weight = nn.Parameter(torch.empty(E, H, device=device, dtype=dtype))
-        bias = nn.Parameter(torch.empty(E, device=device, dtype=dtype)) if config.router_bias else None
-        self.register_parameter("bias", bias)
+        H, E, C = config.hidden_size, config.num_candidates, config.router_columns
+        self.weight = nn.Parameter(torch.empty(C, H, device=device, dtype=dtype))
+        for name, wanted, shape in (
+            ("bias", config.router_bias, (C,)),
+            ("scale", config.router_norm_eps is not None, (H,)),
+            ("per_expert_scale", config.learned_scale == "per_expert", (E,)),
+            ("global_scale", config.learned_scale == "global", (1,)),
+            ("noise_weight", config.router.noise == "noisy_topk", (E, H)),
+        ):
+            parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+            self.register_parameter(name, parameter)
         correction = torch.empty(E, device=device, dtype=torch.float32) if config.selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
+        table = (config.hash_vocab_size, config.router.top_k)
+        table = torch.empty(table, device=device, dtype=torch.long) if config.hash_vocab_size else None
+        self.register_buffer("tid2eid", table)
+        self.register_load_state_dict_pre_hook(load_router)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal weights (see `MoEConfig.init_std`), biases zero."""
+        """Normal weights (see `MoEConfig.init_std`), biases and noise zero, scales one, tokens dealt out in turn."""
         _normal(self.weight, self.config.hidden_size, self.config)
-        for bias in (self.bias, self.e_score_correction_bias):
-            if bias is not None:
-                bias.zero_()
+        for zero in (self.bias, self.e_score_correction_bias, self.noise_weight):
+            if zero is not None:
+                zero.zero_()
+        for one in (self.scale, self.per_expert_scale, self.global_scale):
+            if one is not None:
+                one.fill_(1.0)
+        if self.tid2eid is not None:
+            slots = torch.arange(self.tid2eid.numel(), device=self.tid2eid.device)
+            self.tid2eid.copy_((slots % self.config.num_candidates).view_as(self.tid2eid))
 
-    def forward(self, x: Tensor) -> Routing:
-        """`x (T, H) -> Routing`, whose weights and logits carry the gradient to x, weight and bias."""
-        if x.dim() != 2 or x.shape[1] != self.config.hidden_size:
-            raise ValueError(
-                f"Router: x must have shape (T, H={self.config.hidden_size}), got {tuple(x.shape)}; reshape it."
-            )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        bias = None if self.bias is None else self.bias.to(dtype)
+    def forward(
+        self, x: Tensor, *, ids: Tensor | None = None, input_ids: Tensor | None = None,
+        token_mask: Tensor | None = None, expert_mask: Tensor | None = None, sequences: int = 1,
+        generator: torch.Generator | int | None = None,
+    ) -> Routing:  # fmt: skip
+        """`x (T, H) -> Routing`, whose weights and logits carry the gradient to x and every parameter.
+
+        Args:
+            x: `(T, H)`.
+            ids: `(..., K)`, a choice made elsewhere, `routing.topk_ids` of an earlier forward among them; weights come
+                from this router's scores.
+            input_ids: `(...)` token ids, which choose the experts if `config.hash_vocab_size`.
+            token_mask: `(...)` bool; False routes a token nowhere.
+            expert_mask: `(E,)` or `(..., E)` bool; False takes an expert out.
+            sequences: the tokens are that many sequences of equal length, for `sequence_balance_loss`.
+            generator: for the noise, see `moesaic.route`.
+
+        The leading dimensions `...` hold T tokens in all.
+        """
+        c = self.config
+        if x.dim() != 2 or x.shape[1] != c.hidden_size:
+            raise ValueError(f"Router: x must have shape (T, H={c.hidden_size}), got {tuple(x.shape)}; reshape it.")
+        if self.tid2eid is not None and ids is None:
+            if input_ids is None:
+                raise ValueError("Router: input_ids must be given where token ids choose the experts, got None.")
+            ids = self.tid2eid[input_ids.reshape(-1)]
+        generator = generator_of(generator, x.device)
         # autocast would compute the logits in half precision; it knows nothing of the meta device
-        full = contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-        with full:
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
-        return route(logits, self.config.router, bias=self.e_score_correction_bias)
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            if self.scale is not None or (self.training and c.input_jitter):
+                x = self._input(x, generator)
+            noise = None
+            if self.training and self.noise_weight is not None:
+                noise = router_logits(x, self.noise_weight)
+            # one sequence goes unsaid: it is what the short path of few tokens takes
+            options: dict[str, Any] = {} if sequences == 1 else dict(sequences=sequences)
+            routing = gate(
+                x, self.weight, c.router, logit_bias=self.bias, bias=self.e_score_correction_bias,
+                expert_scale=self.per_expert_scale, ids=_rows(ids), expert_mask=_rows(expert_mask),
+                token_mask=None if token_mask is None else token_mask.reshape(-1), noise_logits=noise,
+                training=self.training, generator=generator,
+                # also where no gradient flows: in the first forward of reentrant checkpointing
+                statistics=True if self.training and (c.has_losses or c.selection_bias) else None, **options,
+            )  # fmt: skip
+        if self.global_scale is None:
+            return routing
+        scale = self.global_scale.float() if x.dtype != torch.float64 else self.global_scale
+        return _map_weights(routing, lambda w: w * (scale if w.dim() > 1 else scale[0]))
+
+    def _input(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What the product reads: x with jitter, normed, in fp32."""
+        c, x = self.config, x if x.dtype == torch.float64 else x.float()
+        if self.training and c.input_jitter:
+            u = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            x = x * (1 + c.input_jitter * (2 * u - 1))
+        if self.scale is not None:
+            x = F.rms_norm(x, (c.hidden_size,), eps=c.router_norm_eps) * self.scale.to(x.dtype) * c.hidden_size**-0.5
+        return x
 
     def extra_repr(self) -> str:
         c = self.config
@@ -128,7 +216,7 @@ class SharedExperts(nn.Module):
         self.config = config
         H, width = config.hidden_size, config.shared_width
         kwargs: dict[str, Any] = dict(bias=False, device=device, dtype=dtype)
-        if resolve(config.activation, "SharedExperts").gated:
+        if resolve(config.shared_act, "SharedExperts").gated:
             self.gate_proj = nn.Linear(H, width, **kwargs)
         self.up_proj = nn.Linear(H, width, **kwargs)
         self.down_proj = nn.Linear(width, H, **kwargs)
@@ -137,88 +225,133 @@ class SharedExperts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights (see `MoEConfig.init_std`)."""
-        if resolve(self.config.activation).gated:
+        if resolve(self.config.shared_act).gated:
             _normal(self.gate_proj.weight, self.config.hidden_size, self.config)
         _normal(self.up_proj.weight, self.config.hidden_size, self.config)
         _normal(self.down_proj.weight, self.config.shared_width, self.config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        act, up = resolve(self.config.activation), self.up_proj(x)
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """`weights (..., n)`: one for each of the n equal shared experts, which together are the width."""
+        act, up = resolve(self.config.shared_act), self.up_proj(x)
         halves = (self.gate_proj(x), up) if act.gated else (up,)
-        return self.down_proj(act.forward(*halves, act.alpha, act.limit))
+        hidden = act.forward(*halves, act.alpha, act.limit)
+        if weights is not None:
+            hidden = (hidden.unflatten(-1, (weights.shape[-1], -1)) * weights[..., None].to(hidden.dtype)).flatten(-2)
+        return self.down_proj(hidden)
 
 
 class MoE(nn.Module):
     """A whole Mixture-of-Experts layer: `y = experts(x, gate(x)) [+ [sigmoid(w x)] · shared_experts(x)]`.
 
     Modules: `gate` (Router), `experts` (Experts), `shared_experts` (SharedExperts) and `shared_expert_gate` where the
-    configuration asks for them. The state dict has Hugging Face's merged layout; `load_state_dict` also reads one
-    tensor an expert, and the names `router` and `shared_expert` for `gate` and `shared_experts` (see
-    `moesaic.nn.state_dict`).
+    configuration asks for them; parameter `constants (n, H)`, what constant experts give. For a router that no
+    configuration describes assign to `gate` a module of your own, `(x (T, H), **keywords of forward) -> Routing`. The
+    state dict has Hugging Face's merged layout; `load_state_dict` also reads one tensor an expert, and the names that
+    other models have for these modules (see `moesaic.nn.state_dict`).
 
     Attributes:
-        losses: auxiliary losses of the last forward by name (`load_balancing_loss`, `z_loss`), each already multiplied
-            by its coefficient, so that `loss + sum(layer.losses.values())` is what to minimise. Empty in eval mode
-            and for coefficients of 0. Read them before the layer's next call.
-        routing: the last forward's choices, `topk_weights` detached and without logits, for diagnosis.
+        losses: auxiliary losses of the last forward by name (`load_balancing_loss`, `sequence_balance_loss`,
+            `importance_loss`, `load_loss`, `z_loss`), each already multiplied by its coefficient, so that
+            `loss + sum(layer.losses.values())` is what to minimise. Empty in eval mode and for coefficients of 0. Read
+            them before the layer's next call.
+        routing: the last forward's choices without logits and gradient, for diagnosis and to replay
+            (`ids=routing.topk_ids`). A capacity's dropped slots are -1 in `topk_ids`, and missing in
+            `tokens_per_expert`; `choices`, where the statistics were kept, counts them too.
 
     Works under `torch.compile(fullgraph=True)`, autocast (the router stays in fp32), activation checkpointing, and on
-    the meta device (`to_empty`, then `reset_parameters` or `load_state_dict`). Differentiable; deterministic.
+    the meta device (`to_empty`, then `reset_parameters` or `load_state_dict`). Differentiable; deterministic but for
+    the noise that the router's configuration asks for in training.
     """
 
     losses: dict[str, Tensor]
     routing: Routing | None
+    constants: Tensor | None
 
     def __init__(self, config: MoEConfig, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
+        H, constants = config.hidden_size, config.router.constant_experts
         self.gate = Router(config, device, dtype)
         self.experts = Experts(config, device, dtype)
         self.shared_experts = SharedExperts(config, device, dtype) if config.num_shared_experts else None
         self.shared_expert_gate = (
-            nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype) if config.shared_gated else None
+            nn.Linear(H, 1, bias=False, device=device, dtype=dtype) if config.shared_gated else None
         )
+        given = nn.Parameter(torch.empty(constants, H, device=device, dtype=dtype)) if constants else None
+        self.register_parameter("constants", given)
         self.losses, self.routing = {}, None
         self.register_load_state_dict_pre_hook(load_layer)
-        self._reset_shared_gate()
+        self._reset_own()
 
     @torch.no_grad()
-    def _reset_shared_gate(self) -> None:
+    def _reset_own(self) -> None:
+        H = self.config.hidden_size
         if self.shared_expert_gate is not None:
-            _normal(self.shared_expert_gate.weight, self.config.hidden_size, self.config)
+            _normal(self.shared_expert_gate.weight, H, self.config)
+        if self.constants is not None:
+            _normal(self.constants, H, self.config)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter and buffer of the layer."""
         for module in (self.gate, self.experts, self.shared_experts):
             if module is not None:
                 module.reset_parameters()
-        self._reset_shared_gate()
+        self._reset_own()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x (..., H) -> (..., H)`; any leading dimensions, also empty ones."""
+    def forward(self, x: Tensor, **choice: Any) -> Tensor:
+        """`x (..., H) -> (..., H)`; any leading dimensions, also empty ones.
+
+        Args:
+            x: `(..., H)`.
+            choice: keywords of `Router.forward`: `ids`, `input_ids`, `token_mask`, `expert_mask`, `sequences`,
+                `generator`. Masks and ids have the leading dimensions of x. A masked token meets the shared experts
+                alone. With a `sequence_balance_loss_coef` all leading dimensions but the last count sequences.
+        """
         if x.shape[-1:] != (self.config.hidden_size,):
             raise ValueError(
                 f"MoE: x must have shape (..., H={self.config.hidden_size}), got {tuple(x.shape)}; project it."
             )
         tokens = x.reshape(-1, self.config.hidden_size)
-        routing = self.gate(tokens)
+        if self.training and self.config.sequence_balance_loss_coef:
+            choice.setdefault("sequences", max(1, math.prod(x.shape[:-2])))
+        routing = self.gate(tokens, **choice)
         self.losses = self._losses(routing)
-        self.routing = dataclasses.replace(routing, topk_weights=routing.topk_weights.detach(), logits=None)
-        y = self.experts(tokens, routing)
+        self.routing = _detached(routing)
+        y = self._routed(tokens, routing)
         if self.shared_experts is not None:
-            shared = self.shared_experts(tokens)
+            shared = self.shared_experts(tokens, routing.shared_weights)
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             y = y + shared
         return y.view(x.shape)
 
+    def _routed(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """What the chosen experts give, with matrices and without."""
+        c = self.config
+        y = self._of_weighted(tokens, routing) if c.weight_on_input else self.experts(tokens, routing)
+        if routing.identity_weight is not None:
+            y = y + routing.identity_weight[:, None].to(y.dtype) * tokens
+        if routing.constant_weights is not None:
+            assert self.constants is not None
+            y = y + routing.constant_weights.to(y.dtype) @ self.constants.to(y.dtype)
+        return y if c.routed_scale == 1.0 else y * c.routed_scale
+
+    def _of_weighted(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """`sum_k expert_k(w_k · x)`: a token becomes K, each with one choice of weight 1."""
+        K, weights = routing.top_k, routing.topk_weights
+        assert weights is not None
+        rows = (tokens[:, None] * weights[..., None].to(tokens.dtype)).flatten(0, 1)
+        ones = torch.ones_like(weights).view(-1, 1)
+        if K == 1:
+            return self.experts(rows, dataclasses.replace(routing, topk_weights=ones))
+        single = Routing.from_topk(ones, routing.topk_ids.view(-1, 1), routing.num_experts)
+        return self.experts(rows, single).view(-1, K, tokens.shape[1]).sum(1)
+
     def _losses(self, routing: Routing) -> dict[str, Tensor]:
-        losses, c = {}, self.config
-        if self.training and c.load_balancing_loss_coef:
-            losses["load_balancing_loss"] = c.load_balancing_loss_coef * load_balancing_loss(routing, c.router.score)
-        if self.training and c.z_loss_coef:
-            losses["z_loss"] = c.z_loss_coef * z_loss(routing)
-        return losses
+        if not self.training:
+            return {}
+        coefficients = {name: getattr(self.config, f"{name}_coef") for name in LOSSES}
+        return {name: c * LOSSES[name](routing) for name, c in coefficients.items() if c}
 
     def __getstate__(self) -> dict[str, Any]:
         # what the last forward left is not the layer's state, and tensors of a graph can be neither copied nor pickled
@@ -227,3 +360,21 @@ class MoE(nn.Module):
 
 def _normal(weight: Tensor, fan_in: int, config: MoEConfig) -> None:
     nn.init.normal_(weight, std=config.init_std or fan_in**-0.5)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """`(..., n) -> (T, n)`."""
+    return t if t is None or t.dim() < 3 else t.reshape(-1, t.shape[-1])
+
+
+def _map_weights(routing: Routing, f: Callable[[Tensor], Tensor]) -> Routing:
+    """The routing with every kind of weight changed."""
+    changed = {name: f(w) for name in _WEIGHTS if (w := getattr(routing, name)) is not None}
+    return dataclasses.replace(routing, **changed)
+
+
+def _detached(routing: Routing) -> Routing:
+    """Without logits and without the graph, which would live until the next forward."""
+    names = (*_WEIGHTS, "probability_sums", "logsumexp_squares", "load")
+    kept = {name: t.detach() for name in names if (t := getattr(routing, name)) is not None}
+    return dataclasses.replace(routing, logits=None, **kept)

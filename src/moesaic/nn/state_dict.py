@@ -33,8 +33,13 @@ _ROLE = {
 }
 _PER_EXPERT = re.compile(rf"(\d+)\.({'|'.join(_ROLE)})\.(weight|bias)")
 
-# What other models call our modules: gpt-oss, Qwen2-MoE.
-_RENAMED = {"router.": "gate.", "shared_expert.": "shared_experts."}
+# What other models call our modules and tensors: gpt-oss, Qwen2-MoE, HunYuan; MiniMax-M2, LFM2 (biases of the block).
+_LAYER_NAMES = {
+    "router.": "gate.", "shared_expert.": "shared_experts.", "shared_mlp.": "shared_experts.",
+    "e_score_correction_bias": "gate.e_score_correction_bias", "expert_bias": "gate.e_score_correction_bias",
+}  # fmt: skip
+# DBRX, JetMoE; Switch, LongCat; Gemma 4; HunYuan; AFMoE; ERNIE
+_ROUTER_NAMES = {"layer.": "", "classifier.": "", "proj.": "", "wg.": "", "gate.": "", "moe_statics.": ""}
 
 
 def load_experts(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -43,16 +48,34 @@ def load_experts(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: An
     _check_shapes(module, state_dict, prefix)
 
 
+def load_router(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """`load_state_dict` pre-hook of `Router`: rename; check."""
+    _rename_router(state_dict, prefix)
+    _check_shapes(module, state_dict, prefix)
+
+
 def load_layer(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """`load_state_dict` pre-hook of `MoE`: rename, merge and check the whole layer before any of it is written."""
-    for theirs, ours in _RENAMED.items():
+    _rename(state_dict, prefix, _LAYER_NAMES)
+    _rename_router(state_dict, f"{prefix}gate.")
+    merge_experts(state_dict, f"{prefix}experts.", module.config)
+    _check_shapes(module, state_dict, prefix)
+
+
+def _rename(state_dict: dict[str, Tensor], prefix: str, names: Mapping[str, str]) -> None:
+    for theirs, ours in names.items():
         for key in [k for k in state_dict if k.startswith(prefix + theirs)]:
             new = prefix + ours + key.removeprefix(prefix + theirs)
             if new in state_dict:
                 raise ValueError(f"{_who(prefix)}: one weight must have one name, got {key} beside {new}; remove one.")
             state_dict[new] = state_dict.pop(key)
-    merge_experts(state_dict, f"{prefix}experts.", module.config)
-    _check_shapes(module, state_dict, prefix)
+
+
+def _rename_router(state_dict: dict[str, Tensor], prefix: str) -> None:
+    _rename(state_dict, prefix, _ROUTER_NAMES)
+    bias = state_dict.get(prefix + "e_score_correction_bias")
+    if bias is not None and bias.dim() == 2 and bias.shape[0] == 1:  # ERNIE's, of one group of experts
+        state_dict[prefix + "e_score_correction_bias"] = bias[0]
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ def route(
         extras.update(
             probability_sums=probability_sums, logsumexp_squares=logsumexp_squares, choices=choices, load=load
         )
-    return Routing(weights, topk_ids, *tables, router_logits, config=config, capacity=limit, **extras)
+    return Routing(weights, topk_ids, *tables, logits=router_logits, config=config, capacity=limit, **extras)
 
 
 route.implementations = OP.implementations  # type: ignore[attr-defined]
@@ -362,7 +362,7 @@ define(
 def _setup(ctx, inputs, output):
     logits, *_ = inputs
     ctx.save_for_backward(logits, output[1])
-    *ctx.core, _, _, _, ctx.implementation = inputs[3:]
+    *ctx.core, _, _, ctx.statistics, ctx.implementation = inputs[3:]
     ctx.mark_non_differentiable(*output[1:6], output[8])
     ctx.set_materialize_grads(False)  # a loss that nobody took costs nothing
 
@@ -372,15 +372,16 @@ def _backward(ctx, *grads):
     grad, sums, squares = grads[0], grads[6], grads[7]
     if grad is None:
         grad = logits.new_zeros(ids.shape, dtype=_weight_dtype(logits))
-    statistics = sums is not None or squares is not None
-    if statistics:
-        S = sums.shape[0] if sums is not None else squares.shape[0]
+    # without statistics a traced graph hands in gradients of the empty outputs
+    came = [g for g in (sums, squares) if g is not None and ctx.statistics]
+    if came:
+        S = came[0].shape[0]
         sums = logits.new_zeros((S, logits.shape[1]), dtype=grad.dtype) if sums is None else sums.contiguous()
         squares = logits.new_zeros((S,), dtype=grad.dtype) if squares is None else squares.contiguous()
     else:
         sums, squares = grad.new_empty(0), grad.new_empty(0)
     dx = torch.ops.moesaic.route_backward(
-        grad.contiguous(), sums, squares, logits, ids, *ctx.core, statistics, ctx.implementation
+        grad.contiguous(), sums, squares, logits, ids, *ctx.core, bool(came), ctx.implementation
     )
     return (dx, *([None] * (len(CORE) + 6)))
 

@@ -69,7 +69,7 @@ def _choose(z: Tensor, bias: list[float] | None, config) -> list[int]:
             kept += 1
         ids = [e if k < kept else -1 for k, e in enumerate(ids)]
     elif config.policy == "entropy":
-        entropy = -sum(p * math.log(p) for p in _score(z, "softmax").tolist() if p > 0)
+        entropy = -sum(p * math.log(p) for p in _score(z, "softmax").tolist() if p != 0)
         kept = 1 if entropy < config.threshold else 2 if entropy < 2 * config.threshold else config.top_k
         ids = [e if k < kept else -1 for k, e in enumerate(ids)]
     return ids

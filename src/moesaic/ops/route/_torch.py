@@ -81,7 +81,7 @@ def _choose(z: Tensor, scores: Tensor, bias: Tensor | None, config) -> Tensor:
     dead = choice.gather(1, ids) == NEG_INF
     if config.policy == "top_p":
         p = _probabilities(z, scores, config).gather(1, ids)
-        dead |= p.cumsum(-1) - p >= config.threshold
+        dead |= ~(F.pad(p.cumsum(-1)[:, :-1], (1, 0)) < config.threshold)  # what stands before holds the share
     elif config.policy == "entropy":
         p = _softmax(z)
         entropy = -torch.xlogy(p, p).sum(-1, keepdim=True)

@@ -54,7 +54,9 @@ class _Cut:
 
     def of_slots(self, top_k: int) -> _Cut:
         """The same in slots."""
-        return replace(self, per_sequence=self.per_sequence * top_k, per_range=self.per_range * top_k)
+        return replace(
+            self, per_sequence=self.per_sequence * top_k, per_range=self.per_range * top_k, block=self.block * top_k
+        )
 
 
 def _cut(T: int, S: int, lanes: int, statistics: bool = False) -> _Cut:
@@ -93,9 +95,7 @@ def _scoring(config) -> tuple:
     A softmax that is divided by its sum over the choices is the softmax of the choices' logits.
     """
     renorm = config.order == "pre_renorm"
-    post = config.order == "post" or (
-        renorm and config.score == "softmax" and config.norm_eps == config.norm_min == 0
-    )
+    post = config.order == "post" or (renorm and config.score == "softmax" and config.norm_eps == config.norm_min == 0)
     return (
         SCORES.index(config.score), post, renorm and not post, config.norm_eps, config.norm_min, config.scale,
         config.multiplier, config.soft_cap,

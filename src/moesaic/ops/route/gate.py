@@ -42,16 +42,7 @@ def router_logits(
     enters half-precision products as the sum of two halves, which keeps 16 bits of it. Under autocast the same.
     Source: the fp32 router of GShard and Switch; the bf16-in, fp32-out product of vLLM's gate.
     """
-    who = "router_logits"
-    if x.dim() != 2:
-        raise ValueError(f"{who}: x must have shape (T, H), got {tuple(x.shape)}; flatten the leading dimensions.")
-    check_shape(who, "weight", weight, ("E", x.shape[1]))
-    check_same(who, "device", "x", x.device, weight=weight.device)
-    if bias is not None:
-        check_shape(who, "bias", bias, (weight.shape[0],))
-        check_same(who, "device", "x", x.device, bias=bias.device)
-    if not (x.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(f"{who}: x and weight must be floating point, got {x.dtype} and {weight.dtype}; convert them.")
+    _check("router_logits", x, weight, bias=bias)
     logits = torch.ops.moesaic.router_logits(x, weight, forced(implementation))
     return logits if bias is None else logits + bias.to(logits.dtype)
 
@@ -79,19 +70,37 @@ def gate(
     Returns:
         A `Routing`. Differentiable in x, weight and logit_bias; deterministic; no host synchronisation.
     """
+    _check("gate", x, weight, logit_bias=logit_bias, bias=bias)
     tensors = (x, weight, logit_bias, bias)
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
-    few = x.dim() == 2 and 0 < x.shape[0] <= FEW_TOKENS
+    usual = {"sequences": 1}
+    given = {n: v for n, v in options.items() if v is not None and v is not False and v != usual.get(n)}
+    few = 0 < x.shape[0] <= FEW_TOKENS
     if few and not keeps and not given and x.is_cuda and config.plain and eager(tensors):
         config.check(weight.shape[0], "gate")
+        if bias is not None:
+            check_shape("gate", "bias", bias, (weight.shape[0],))
         module = _module(x, weight, config.core(), forced(implementation))
         if hasattr(module, "gate_route") and module.gate_why_not(x, weight) is None:
             core = RouterConfig.of_core(*config.core())
             logits, *made = module.gate_route(x, weight, logit_bias, bias, core)
-            return Routing(*made, logits, config=config)
+            return Routing(*made, logits=logits, config=config)
     logits = router_logits(x, weight, logit_bias, implementation=implementation)
     return route(logits, config, bias=bias, implementation=implementation, **options)
+
+
+def _check(who: str, x: Tensor, weight: Tensor, **biases: Tensor | None) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{who}: x must have shape (T, H), got {tuple(x.shape)}; flatten the leading dimensions.")
+    check_shape(who, "weight", weight, ("E", x.shape[1]))
+    check_same(who, "device", "x", x.device, weight=weight.device)
+    for name, bias in biases.items():
+        if bias is not None:
+            # behind the columns of `bias` there may be those of shared experts, which `route` checks
+            check_shape(who, name, bias, ("E",) if name == "bias" and who == "gate" else (weight.shape[0],))
+            check_same(who, "device", "x", x.device, **{name: bias.device})
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"{who}: x and weight must be floating point, got {x.dtype} and {weight.dtype}; convert them.")
 
 
 def _module(x: Tensor, weight: Tensor, core: tuple | None, implementation: str):
@@ -121,7 +130,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
+def _full(x: Tensor):
+    """Autocast would compute in half precision what is meant to be wide."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _logits(x: Tensor, weight: Tensor, implementation: str) -> Tensor:
+    with _full(x):
+        return _product_of(x, weight, implementation)
+
+
+def _product_of(x: Tensor, weight: Tensor, implementation: str) -> Tensor:
     if implementation == "reference":
         return (x.double() @ weight.double().mT).to(_wide(x))
     if _half(x, weight):
@@ -177,4 +196,3 @@ def _backward(ctx, grad):
 
 
 differentiable("router_logits", _backward, _setup)
-
