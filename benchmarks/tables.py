@@ -57,6 +57,24 @@ def cpu_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def router_table(record: dict) -> str:
+    """Microseconds of routing forward and backward, every system in a column."""
+    names = ("moesaic", "vllm", "triton_kernels", "sonic", "torch")
+    titles = " | ".join({**TITLES, "torch": "torch"}[n] for n in names)
+    lines = [f"| router | T | {titles} | best other ÷ moesaic |", "|---" * (len(names) + 3) + "|"]
+    cells: dict[tuple, dict[str, float]] = {}
+    for row in record["rows"]:
+        if row["what"] != "gate" and "us" in row:
+            kind = {"softmax": "softmax, E = 128", "grouped": "grouped sigmoid, E = 256"}[row["router"]]
+            kind += ", backward" if row["what"] == "backward" else ""
+            cells.setdefault((kind, row["tokens"]), {})[row["peer"]] = row["us"]
+    for (kind, tokens), us in sorted(cells.items(), key=lambda cell: ("backward" in cell[0][0], cell[0][0][0] == "g")):
+        best = min(v for n, v in us.items() if n != "moesaic") / us["moesaic"]
+        times = " | ".join(f"{us[n]:.1f}" if n in us else "–" for n in names)
+        lines.append(f"| {kind} | {tokens} | {times} | {best:.2f}× |")
+    return "\n".join(lines)
+
+
 def newest(folder: str, kind: str) -> Path:
     return sorted((RESULTS / folder).glob(f"*-{kind}.json"))[-1]
 
@@ -78,6 +96,8 @@ def render(readme: str) -> str:
     """The README with its generated parts made anew."""
     gpu = load("h200", "forward")
     parts = {"h200": f"{conditions(gpu)}\n\n{gpu_table(gpu)}"}
+    router = load("h200", "router")
+    parts["router"] = router_table(router)
     if list((RESULTS / "epyc").glob("*-forward.json")):
         cpu = [load("epyc", "forward"), load("epyc", "train")]
         parts["cpu"] = f"{conditions(cpu[0])}\n\n{cpu_table(cpu)}"
