@@ -36,6 +36,8 @@ class Routing:
     What a router adds when its configuration or the losses ask for it:
         config: the `RouterConfig`.
         capacity: slots that each expert could keep; those beyond it are -1 in `topk_ids`.
+        undropped_ids: `(T, K)` int32, the ids before capacity dropped some and with those of experts without matrices;
+            None where `topk_ids` are the same (see `chosen_ids`).
         probability_sums: `(S, E)`, sums of the tokens' probabilities in each of S sequences; differentiable.
         logsumexp_squares: `(S,)`, sums of `logsumexp(logits)²`; differentiable.
         choices: `(S, E)` int32, how often each expert was chosen, before any drop.
@@ -63,6 +65,12 @@ class Routing:
     identity_weight: Tensor | None = None
     constant_weights: Tensor | None = None
     padded: int | None = None
+    undropped_ids: Tensor | None = None
+
+    @property
+    def chosen_ids(self) -> Tensor:
+        """`(T, K)` int32: the router's own choice, before any drop; what `route(ids=...)` replays exactly."""
+        return self.topk_ids if self.undropped_ids is None else self.undropped_ids
 
     @property
     def num_tokens(self) -> int:

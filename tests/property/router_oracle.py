@@ -334,7 +334,8 @@ def route(asked: Asked) -> Answer:
         answer.constant.append(
             [sum(v for v, e in zip(w, raw[t], strict=True) if e == last + n) for n in range(c.constant_experts)]
         )
-        answer.shared.append([v * factor for v in tail])
+        one = asked.expert_scale[0] if asked.expert_scale and len(asked.expert_scale) == 1 else 1.0
+        answer.shared.append([v * factor * one for v in tail])
         answer.ids.append([e if e < E else -1 for e in raw[t]])
         answer.weights.append([v if 0 <= e < E else 0.0 for v, e in zip(w, raw[t], strict=True)])
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,19 +127,16 @@ class Router(nn.Module):
             if self.training and self.noise_weight is not None:
                 noise = router_logits(x, self.noise_weight)
             # one sequence goes unsaid: it is what the short path of few tokens takes
+            scale = self.per_expert_scale if self.global_scale is None else self.global_scale
             options: dict[str, Any] = {} if sequences == 1 else dict(sequences=sequences)
-            routing = gate(
+            return gate(
                 x, self.weight, c.router, logit_bias=self.bias, bias=self.e_score_correction_bias,
-                expert_scale=self.per_expert_scale, ids=_rows(ids), expert_mask=_rows(expert_mask),
+                expert_scale=scale, ids=_rows(ids), expert_mask=_rows(expert_mask),
                 token_mask=None if token_mask is None else token_mask.reshape(-1), noise_logits=noise,
                 training=self.training, generator=generator,
                 # also where no gradient flows: in the first forward of reentrant checkpointing
                 statistics=True if self.training and (c.has_losses or c.selection_bias) else None, **options,
             )  # fmt: skip
-        if self.global_scale is None:
-            return routing
-        scale = self.global_scale.float() if x.dtype != torch.float64 else self.global_scale
-        return _map_weights(routing, lambda w: w * (scale if w.dim() > 1 else scale[0]))
 
     def _input(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the product reads: x with jitter, normed, in fp32."""
@@ -365,12 +361,6 @@ def _normal(weight: Tensor, fan_in: int, config: MoEConfig) -> None:
 def _rows(t: Tensor | None) -> Tensor | None:
     """`(..., n) -> (T, n)`."""
     return t if t is None or t.dim() < 3 else t.reshape(-1, t.shape[-1])
-
-
-def _map_weights(routing: Routing, f: Callable[[Tensor], Tensor]) -> Routing:
-    """The routing with every kind of weight changed."""
-    changed = {name: f(w) for name in _WEIGHTS if (w := getattr(routing, name)) is not None}
-    return dataclasses.replace(routing, **changed)
 
 
 def _detached(routing: Routing) -> Routing:

@@ -72,8 +72,9 @@ def route(
             constant and shared experts behind them where the configuration has such.
         config: a `RouterConfig`; or give its fields as keywords (`route(logits, top_k=8, score="softmax")`).
         bias: `(E,)`, added to the scores (to the logits when `order="post"`) for the choice alone; it gets no gradient.
-        expert_scale: `(E,)` or `(1,)`, multiplied into each choice's weight; differentiable (Gemma 4, Inkling).
-        ids: `(T, K)` integers, the choice made elsewhere: recorded earlier (`routing.topk_ids`), hashed from the
+        expert_scale: `(E,)` or `(1,)`, multiplied into each choice's weight, `(1,)` into shared experts' too;
+            differentiable (Gemma 4, Inkling).
+        ids: `(T, K)` integers, the choice made elsewhere: recorded earlier (`routing.chosen_ids`), hashed from the
             tokens (`table[input_ids]`), or forced. Weights and gradients come from the logits; -1 leaves a slot out,
             and so does a mask over its token or expert.
         token_mask: `(T,)` bool; False routes the token nowhere (padding, finished sequences).
@@ -125,6 +126,7 @@ def route(
     )
     weights = weights if own_weights is None else own_weights
     scaled = own_weights is None and not (config.weights_later or config.straight_through)
+    limit = None if config.policy == "expert_choice" else config.capacity(x.shape[0], E, training)
     extras = {}
     if not scaled or shared is not None:
         weights, extras["shared_weights"] = policies.finish_weights(weights, raw, shared, config, scaled)
@@ -132,18 +134,16 @@ def route(
         scale = expert_scale.to(weights.dtype)
         weights = weights * (scale[raw.clamp_min(0)] if scale.numel() > 1 else scale)
         weights = weights.masked_fill(raw < 0, 0.0)
+        if shared is not None and scale.numel() == 1:
+            extras["shared_weights"] = extras["shared_weights"] * scale
     topk_ids = raw
+    if limit is not None or config.extra_experts:
+        extras["undropped_ids"] = raw
     if config.extra_experts:
         extras.update(_extra_weights(weights, raw, E + config.zero_experts, config))
         topk_ids, weights = raw.masked_fill(raw >= E, -1), weights.masked_fill(raw >= E, 0.0)
-    limit = None if config.policy == "expert_choice" else config.capacity(x.shape[0], E, training)
     if limit is not None:
-
-        def index(topk_ids):
-            return torch.ops.moesaic.expert_index(topk_ids, E, forced(implementation))
-
-        weights, topk_ids = capacity.drop(weights, topk_ids, limit, config.drop_policy, config.renorm_after_drop, index)
-        topk_ids, *tables = index(topk_ids)
+        weights, topk_ids, tables = _limited(weights, topk_ids, limit, config, E, forced(implementation))
     if statistics:
         extras.update(
             probability_sums=probability_sums, logsumexp_squares=logsumexp_squares, choices=choices, load=load
@@ -152,6 +152,17 @@ def route(
 
 
 route.implementations = OP.implementations  # type: ignore[attr-defined]
+
+
+def _limited(weights, topk_ids, limit: int, config: RouterConfig, num_experts: int, implementation: str):
+    """`(weights, ids, tables)` after each expert dropped what it has no room for."""
+
+    def index(topk_ids):
+        return torch.ops.moesaic.expert_index(topk_ids, num_experts, implementation)
+
+    weights, topk_ids = capacity.drop(weights, topk_ids, limit, config.drop_policy, config.renorm_after_drop, index)
+    topk_ids, *tables = index(topk_ids)
+    return weights, topk_ids, tables
 
 
 def _masked(x: Tensor, token_mask: Tensor | None, expert_mask: Tensor | None) -> Tensor:

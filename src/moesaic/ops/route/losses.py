@@ -53,14 +53,14 @@ def load_balancing_loss(routing: Routing, *, normalize: str = "topk", group: Any
             batch (arXiv 2501.11873). Every rank must call, one without tokens too.
 
     Raises:
-        ValueError: unknown `normalize`; no statistics and no logits; choices or first choices that a capacity dropped.
+        ValueError: unknown `normalize`; no statistics and no logits.
 
     Differentiable through P alone; f is a count.
     """
     who = "load_balancing_loss"
     check_choice(who, "normalize", normalize, NORMALIZE)
     sums, _, tokens = _sums(routing, who)
-    counts = _first_choices(routing, sums.shape[1], who) if normalize == "first" else _choices(routing, who).sum(0)
+    counts = _first_choices(routing, sums.shape[1]) if normalize == "first" else _choices(routing).sum(0)
     here = tokens.sum()
     ranks = 1
     if group is not None:
@@ -121,7 +121,7 @@ def device_balance_loss(routing: Routing, num_devices: int) -> Tensor:
     if num_devices < 1 or E % num_devices:
         raise ValueError(f"{who}: num_devices must divide the number of experts E={E}, got {num_devices}.")
     sums, _, tokens = _sums(routing, who)
-    counts = _choices(routing, who).sum(0)[:E].to(sums.dtype)
+    counts = _choices(routing).sum(0)[:E].to(sums.dtype)
     f = E * counts / counts.sum().clamp_min(1)
     p = sums.sum(0)[:E] / tokens.sum().clamp_min(1)
     return (f.view(num_devices, -1).mean(-1) * p.view(num_devices, -1).sum(-1)).sum()
@@ -152,7 +152,7 @@ def cross_entropy_balance_loss(routing: Routing, eps: float = 1e-6) -> Tensor:
     who = "cross_entropy_balance_loss"
     sums, _, tokens = _sums(routing, who)
     T = tokens.sum().clamp_min(1)
-    f = _choices(routing, who).sum(0).to(sums.dtype) / T
+    f = _choices(routing).sum(0).to(sums.dtype) / T
     return -(f * (sums.sum(0) / T + eps).log()).sum()
 
 
@@ -233,33 +233,31 @@ def _from_logits(routing: Routing, who: str) -> tuple[Tensor, Tensor]:
     if config.shared_logits:
         logits = logits[:, : -config.shared_logits]
     z = _torch._transform(logits, config)
-    if routing.capacity is None and not config.extra_experts and config.policy != "expert_choice":
-        masked = (routing.topk_ids < 0).all(-1, keepdim=True)  # here nothing else leaves a token without a choice
+    if config.policy != "expert_choice":
+        masked = (routing.chosen_ids < 0).all(-1, keepdim=True)  # here nothing else leaves a token without a choice
         z = z.masked_fill(masked, _torch.NEG_INF)
     scores = z if config.order == "post" else _torch._scores(z, config.score)
     p = _torch._probabilities(z, scores, config)
     return p.sum(0, keepdim=True), _torch._logsumexp(z).square().sum(0, keepdim=True)
 
 
-def _choices(routing: Routing, who: str) -> Tensor:
+def _choices(routing: Routing) -> Tensor:
     """`(S, E)`: n, how often each expert was chosen before any drop."""
     if routing.choices is not None:
         return routing.choices
-    if routing.capacity is not None or (routing.config is not None and routing.config.extra_experts):
-        raise ValueError(
-            f"{who}: routing must hold its statistics where slots are dropped or experts have no matrices, got none; "
-            "pass statistics=True to moesaic.route."
-        )
-    return routing.tokens_per_expert[None]
+    if routing.undropped_ids is None:
+        return routing.tokens_per_expert[None]
+    columns = routing.num_experts + routing.config.extra_experts
+    return _counts(routing.undropped_ids.reshape(-1), columns).int()[None]
 
 
-def _first_choices(routing: Routing, columns: int, who: str) -> Tensor:
+def _counts(ids: Tensor, columns: int) -> Tensor:
+    """How often each id below `columns` occurs; negative ones are left out."""
+    ids = ids.long()
+    counts = ids.new_zeros(columns + 1)
+    return counts.scatter_add(0, ids.masked_fill(ids < 0, columns), torch.ones_like(ids))[:columns]
+
+
+def _first_choices(routing: Routing, columns: int) -> Tensor:
     """`(E,)`: how many tokens have expert e as their first choice."""
-    if routing.capacity is not None or (routing.config is not None and routing.config.extra_experts):
-        raise ValueError(
-            f"{who}: normalize='first' needs every token's first choice, and this routing has dropped slots or experts "
-            "without matrices; use 'topk' or 'token'."
-        )
-    first = routing.topk_ids[:, 0].long()
-    counts = first.new_zeros(columns + 1)
-    return counts.scatter_add(0, first.masked_fill(first < 0, columns), torch.ones_like(first))[:columns]
+    return _counts(routing.chosen_ids[:, 0], columns)
