@@ -1,11 +1,11 @@
 """Time routing, from logits to the index tables that grouped products need, beside other systems on one GPU.
 
-python benchmarks/router.py --out benchmarks/results/h200/DATE-router.json [--commit X] [--tokens 1,64,4096,32768]
+python benchmarks/router.py --out benchmarks/results/h200/DATE-router.json [--commit X] [--tokens 1,64] [--device cpu]
 
-Medians of CUDA-graph replays. Two routers: softmax of 128 experts, 8 chosen, weights normalised; DeepSeek-V3's grouped
-sigmoid with a bias, 256 experts in 8 groups, 4 groups kept, 8 chosen. The peers' own entry points, each with what its
-expert products read; a peer that cannot run is left out with its reason. `backward` is each system's backward function,
-from the weights' gradient to the logits', without autograd around it; `gate` starts at hidden states in bf16.
+Medians of CUDA-graph replays; on the CPU of calls, where only torch is there to compare with. Two routers: softmax of
+128 experts, 8 chosen, weights normalised; DeepSeek-V3's grouped sigmoid with a bias, 256 experts in 8 groups, 4 groups
+kept, 8 chosen. The peers' own entry points, each with what its expert products read. `backward` is each system's
+backward function, without autograd around it; `gate` starts at hidden states in bf16.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import argparse
 import importlib
 import importlib.util
 import json
+import statistics
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import triton
 
 import moesaic
 from moesaic import RouterConfig
@@ -30,6 +31,7 @@ ROUTERS = {
     "softmax": (128, RouterConfig(K)),
     "grouped": (256, RouterConfig(K, "sigmoid", norm_eps=1e-20, scale=2.5, num_groups=8, topk_groups=4)),
 }
+DEVICE = "cuda"
 MODULES = {"vllm": ("vllm_shim", "vllm"), "triton_kernels": ("triton_kernels",), "sonic": ("sonicmoe",)}
 
 
@@ -102,16 +104,24 @@ PEERS = {"moesaic": ours, "vllm": vllm, "triton_kernels": triton_kernels, "sonic
 
 def microseconds(call) -> float:
     call()
+    if DEVICE == "cpu":
+        seconds, begin = [], time.perf_counter()
+        while len(seconds) < 5 or time.perf_counter() - begin < 1:
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds) * 1e6
     torch.cuda.synchronize()
+    triton = importlib.import_module("triton")
     return triton.testing.do_bench_cudagraph(call, rep=40, return_mode="median") * 1e3
 
 
 def forward_rows(kind: str, T: int):
     E = ROUTERS[kind][0]
-    logits, bias = torch.randn(T, E, device="cuda"), torch.zeros(E, device="cuda")
+    logits, bias = torch.randn(T, E, device=DEVICE), torch.zeros(E, device=DEVICE)
     for name, build in PEERS.items():
-        if name in MODULES and not any(importlib.util.find_spec(m) for m in MODULES[name]):
-            yield dict(what="forward", router=kind, tokens=T, peer=name, why_not="not installed")
+        if name in MODULES and (DEVICE == "cpu" or not any(importlib.util.find_spec(m) for m in MODULES[name])):
+            yield dict(what="forward", router=kind, tokens=T, peer=name, why_not=f"not installed, or not for {DEVICE}")
             continue
         with torch.no_grad():
             call = build(kind, bias if kind == "grouped" or name == "vllm" else None, logits)
@@ -155,9 +165,9 @@ BACKWARD = {"moesaic": our_backward, "sonic": sonic_backward, "triton_kernels": 
 
 def backward_rows(kind: str, T: int):
     E = ROUTERS[kind][0]
-    logits, bias = torch.randn(T, E, device="cuda"), torch.zeros(E, device="cuda") if kind == "grouped" else None
+    logits, bias = torch.randn(T, E, device=DEVICE), torch.zeros(E, device=DEVICE) if kind == "grouped" else None
     for name, build in BACKWARD.items():
-        if name not in MODULES or any(importlib.util.find_spec(m) for m in MODULES[name]):
+        if name not in MODULES or (DEVICE != "cpu" and any(importlib.util.find_spec(m) for m in MODULES[name])):
             with torch.no_grad():
                 call = build(kind, bias, logits)
                 if call is not None:
@@ -167,9 +177,9 @@ def backward_rows(kind: str, T: int):
 def gate_rows(kind: str):
     E, config = ROUTERS[kind]
     H = {"softmax": 2048, "grouped": 7168}[kind]
-    w = torch.randn(E, H, device="cuda", dtype=torch.bfloat16) * H**-0.5
+    w = torch.randn(E, H, device=DEVICE, dtype=torch.bfloat16) * H**-0.5
     for T in (1, 16, 64, 4096):
-        x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(T, H, device=DEVICE, dtype=torch.bfloat16)
         calls = {
             "moesaic": lambda x=x: gate(x, w, config),
             "moesaic in two steps": lambda x=x: moesaic.route(router_logits(x, w), config),
@@ -184,9 +194,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", default="1,64,4096,32768")
     parser.add_argument("--commit", default=None)
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    global DEVICE
+    DEVICE, rows = args.device, []
     for kind in ROUTERS:
         for T in map(int, args.tokens.split(",")):
             for row in (*forward_rows(kind, T), *backward_rows(kind, T)):
@@ -198,7 +210,8 @@ def main() -> None:
     if args.out:
         record = dict(
             what="router", date=datetime.now(UTC).isoformat(timespec="seconds"), commit=args.commit,
-            command="python benchmarks/router.py", machine=report.machine(torch.device("cuda")),
+            command=f"python benchmarks/router.py --device {DEVICE} --tokens {args.tokens}",
+            machine=report.machine(torch.device(DEVICE)),
             versions=report.versions(), rows=rows,
         )  # fmt: skip
         args.out.write_text(json.dumps(record, indent=1))

@@ -311,3 +311,15 @@ def test_what_the_padded_layout_refuses():
     x, up, down = torch.randn(9, 5), torch.randn(4, 8, 5), torch.randn(4, 5, 4)
     with pytest.raises(ValueError, match="must be packed, got one padded to 3 rows"):
         fused_experts(x, up, down, r.to_capacity(3))
+
+
+def test_the_choice_before_drops_is_kept_and_replays_exactly():
+    logits = torch.randn(40, 10, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    config = RouterConfig(3, capacity_factor=0.5, identity_experts=2)
+    first = route(logits, config, training=True)
+    again = route(logits, config, ids=first.chosen_ids, training=True)
+    assert (first.topk_ids < 0).any() and (first.chosen_ids >= 0).all()
+    for name in ("topk_weights", "topk_ids", "row_order", "row_index", "identity_weight"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+    grads = [torch.autograd.grad(r.topk_weights.square().sum(), logits)[0] for r in (first, again)]
+    assert torch.equal(*grads)

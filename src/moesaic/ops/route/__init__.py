@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import check_shape
 from ...hardware import arch_of
-from ...op import Op, define, differentiable, forced
+from ...op import Op, define, differentiable, eager, forced
 from ...problem import Problem
 from ...routing import Routing
 from . import _torch, capacity, policies
@@ -121,7 +121,7 @@ def route(
         x, ids, own_weights, load = _chosen(x, config, bias, ids, noise_logits, training, generator, implementation)
     else:
         own_weights = load = None
-    weights, raw, *tables, probability_sums, logsumexp_squares, choices = torch.ops.moesaic.route(
+    weights, raw, *tables, probability_sums, logsumexp_squares, choices = _run(
         x, bias, ids, *config.core(), E, sequences, statistics, forced(implementation)
     )
     weights = weights if own_weights is None else own_weights
@@ -163,6 +163,13 @@ def _limited(weights, topk_ids, limit: int, config: RouterConfig, num_experts: i
     weights, topk_ids = capacity.drop(weights, topk_ids, limit, config.drop_policy, config.renorm_after_drop, index)
     topk_ids, *tables = index(topk_ids)
     return weights, topk_ids, tables
+
+
+def _run(x: Tensor, bias: Tensor | None, ids: Tensor | None, *rest):
+    """The private operator, without the dispatcher's time where nobody is watching and no gradient is kept."""
+    keeps = torch.is_grad_enabled() and x.requires_grad
+    run = _route if not keeps and eager((x, bias, ids)) else torch.ops.moesaic.route
+    return run(x, bias, ids, *rest)
 
 
 def _masked(x: Tensor, token_mask: Tensor | None, expert_mask: Tensor | None) -> Tensor:

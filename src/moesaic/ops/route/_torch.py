@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,9 +58,10 @@ def _probabilities(z: Tensor, scores: Tensor, config) -> Tensor:
 
 
 # ---------------------------------------------------------------- choice
-def _topk(values: Tensor, k: int) -> Tensor:
+def _topk(values: Tensor, k: int, sound: bool = False) -> Tensor:
     """The k largest per row, ties to the lowest index, NaN after all but -inf (`torch.topk` promises neither)."""
-    values = torch.where(values.isnan(), torch.finfo(values.dtype).min, values)
+    if not sound:
+        values = torch.where(values.isnan(), torch.finfo(values.dtype).min, values)
     if values.device.type == "cpu" and values.numel() >= FULL_SORT and 0 < k < values.shape[-1]:
         best, ids = torch.topk(values, k, -1)
         # its choice is ours but for ties at the edge, which only a look at the data shows: it is free on the CPU
@@ -69,23 +72,36 @@ def _topk(values: Tensor, k: int) -> Tensor:
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def _choose(z: Tensor, scores: Tensor, bias: Tensor | None, config) -> Tensor:
+def _sound(z: Tensor, bias: Tensor | None) -> bool:
+    """Nothing is infinite or NaN. Only the CPU may look, where it spares several passes over the logits."""
+    tensors = (z,) if bias is None else (z, bias)
+    return z.device.type == "cpu" and all(math.isfinite(t.sum().item()) for t in tensors)
+
+
+def _ordered(bias: Tensor | None, config) -> bool:
+    """Softmax keeps the order of z, which tells also those apart whose probabilities round to one number."""
+    return config.score == "softmax" and bias is None and config.num_groups == 1
+
+
+def _choose(z: Tensor, scores: Tensor, bias: Tensor | None, config, sound: bool) -> Tensor:
     T, E = z.shape
-    # softmax keeps the order of z, which tells also those apart whose probabilities round to one number
-    ordered = config.score == "softmax" and bias is None and config.num_groups == 1
-    choice = z if ordered or config.bias_on == "logits" else scores
+    choice = z if _ordered(bias, config) or config.bias_on == "logits" else scores
     if bias is not None:
         choice = choice + bias.to(z.dtype)
-    gone = (z == NEG_INF) | (choice == NEG_INF)
+    gone = None if sound else (z == NEG_INF) | (choice == NEG_INF)
     if config.num_groups > 1:
-        choice = choice.nan_to_num(torch.finfo(choice.dtype).min, torch.inf, NEG_INF)
         grouped = choice.view(T, config.num_groups, E // config.num_groups)
-        grouped = grouped.masked_fill(gone.view(grouped.shape), NEG_INF)
+        if gone is not None:
+            grouped = grouped.nan_to_num(torch.finfo(choice.dtype).min, torch.inf, NEG_INF)
+            grouped = grouped.masked_fill(gone.view(grouped.shape), NEG_INF)
         best = grouped.topk(1 if config.group_score == "max" else 2, -1).values.sum(-1)
         keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, _topk(best, config.topk_groups), True)
         choice = grouped.masked_fill(~keep[..., None], config.group_mask_value).view(T, E)
-    choice = choice.masked_fill(gone, NEG_INF)
-    ids = _topk(choice, config.top_k)
+    if gone is not None:
+        choice = choice.masked_fill(gone, NEG_INF)
+    ids = _topk(choice, config.top_k, sound)
+    if sound and config.policy == "topk":
+        return ids
     dead = choice.gather(1, ids) == NEG_INF
     if config.policy == "top_p":
         p = _probabilities(z, scores, config).gather(1, ids)
@@ -102,14 +118,20 @@ def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_e
           statistics: bool):  # fmt: skip
     z = _transform(logits, config)
     E = z.shape[1]
-    scores = z if config.order == "post" else _scores(z, config.score)
-    ids = _choose(z, scores, bias, config) if ids is None else _valid(ids.long(), E)
-    dead, index = ids < 0, ids.clamp_min(0)
-    weights = scores.gather(1, index)
-    if config.order == "post":
-        weights = _scores(weights.masked_fill(dead, NEG_INF), config.score)
-    weights = weights.masked_fill(dead, 0.0)
-    if config.order == "pre_renorm":
+    sound = ids is None and _sound(z, bias)
+    renorm, chosen_only = config.order == "pre_renorm", config.order == "post"
+    if renorm and sound and not statistics and config.policy == "topk" and _ordered(bias, config):
+        chosen_only = config.norm_eps == config.norm_min == 0  # divided by its sum it is the softmax of the chosen
+        renorm = not chosen_only
+    scores = z if chosen_only else _scores(z, config.score)
+    ids = _choose(z, scores, bias, config, sound) if ids is None else _valid(ids.long(), E)
+    dead = None if sound and config.policy == "topk" else ids < 0
+    weights = scores.gather(1, ids if dead is None else ids.clamp_min(0))
+    if chosen_only:
+        weights = _scores(weights if dead is None else weights.masked_fill(dead, NEG_INF), config.score)
+    if dead is not None:
+        weights = weights.masked_fill(dead, 0.0)
+    if renorm:
         weights = weights / _norm(weights, config)
     if config.scale != 1.0:
         weights = weights * config.scale
