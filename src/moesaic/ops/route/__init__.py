@@ -6,6 +6,7 @@ Legend: T tokens, E experts, K choices, S sequences.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def route(
     weights = weights if own_weights is None else own_weights
     scaled = own_weights is None and not (config.weights_later or config.straight_through)
     limit = None if config.policy == "expert_choice" else config.capacity(x.shape[0], E, training)
-    extras = {}
+    extras: dict[str, Any] = {}
     if not scaled or shared is not None:
         weights, extras["shared_weights"] = policies.finish_weights(weights, raw, shared, config, scaled)
     if expert_scale is not None:
