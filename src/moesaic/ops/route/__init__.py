@@ -128,15 +128,16 @@ def route(
     weights = weights if own_weights is None else own_weights
     scaled = own_weights is None and not (config.weights_later or config.straight_through)
     limit = None if config.policy == "expert_choice" else config.capacity(x.shape[0], E, training)
-    extras: dict[str, Any] = {}
+    tail = None
     if not scaled or shared is not None:
-        weights, extras["shared_weights"] = policies.finish_weights(weights, raw, shared, config, scaled)
+        weights, tail = policies.finish_weights(weights, raw, shared, config, scaled)
     if expert_scale is not None:
         scale = expert_scale.to(weights.dtype)
         weights = weights * (scale[raw.clamp_min(0)] if scale.numel() > 1 else scale)
         weights = weights.masked_fill(raw < 0, 0.0)
-        if shared is not None and scale.numel() == 1:
-            extras["shared_weights"] = extras["shared_weights"] * scale
+        if tail is not None and scale.numel() == 1:
+            tail = tail * scale
+    extras: dict[str, Any] = {"shared_weights": tail}
     topk_ids = raw
     if limit is not None or config.extra_experts:
         extras["undropped_ids"] = raw
