@@ -5,17 +5,13 @@ Legend: T tokens, H hidden, E columns of the logits (experts).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ...errors import check_same, check_shape
-from ...hardware import arch_of
 from ...op import define, differentiable, eager, forced
-from ...problem import Problem
 from ...routing import Routing
-from . import OP, route
+from . import _select, _weight_dtype, route
 from .config import RouterConfig
 
 FEW_TOKENS = 16  # one tile of the product
@@ -42,7 +38,7 @@ def router_logits(
     enters half-precision products as the sum of two halves, which keeps 16 bits of it. Under autocast the same.
     Source: the fp32 router of GShard and Switch; the bf16-in, fp32-out product of vLLM's gate.
     """
-    _check("router_logits", x, weight, bias=bias)
+    _check("router_logits", x, weight, "bias", bias)
     logits = torch.ops.moesaic.router_logits(x, weight, forced(implementation))
     return logits if bias is None else logits + bias.to(logits.dtype)
 
@@ -70,49 +66,37 @@ def gate(
     Returns:
         A `Routing`. Differentiable in x, weight and logit_bias; deterministic; no host synchronisation.
     """
-    _check("gate", x, weight, logit_bias=logit_bias, bias=bias)
+    _check("gate", x, weight, "logit_bias", logit_bias)
     tensors = (x, weight, logit_bias, bias)
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     usual = {"sequences": 1}
     given = {n: v for n, v in options.items() if v is not None and v is not False and v != usual.get(n)}
     few = 0 < x.shape[0] <= FEW_TOKENS
     if few and not keeps and not given and x.is_cuda and config.plain and eager(tensors):
-        config.check(weight.shape[0], "gate")
+        E, core = weight.shape[0], RouterConfig.of_core(*config.core())
+        config.check(E, "gate")
         if bias is not None:
-            check_shape("gate", "bias", bias, (weight.shape[0],))
-        module = _module(x, weight, config.core(), forced(implementation))
+            check_shape("gate", "bias", bias, (E,))
+            check_same("gate", "device", "x", x.device, bias=bias.device)
+        module = _select(x.device, x.dtype, x.shape[0], core.top_k, E, core, forced(implementation))
         if hasattr(module, "gate_route") and module.gate_why_not(x, weight) is None:
-            core = RouterConfig.of_core(*config.core())
             logits, *made = module.gate_route(x, weight, logit_bias, bias, core)
             return Routing(*made, logits=logits, config=config)
     logits = router_logits(x, weight, logit_bias, implementation=implementation)
     return route(logits, config, bias=bias, implementation=implementation, **options)
 
 
-def _check(who: str, x: Tensor, weight: Tensor, **biases: Tensor | None) -> None:
+def _check(who: str, x: Tensor, weight: Tensor, name: str, bias: Tensor | None) -> None:
+    """`name` is that of the logits' bias; the one for the choice is `route`'s to check."""
     if x.dim() != 2:
         raise ValueError(f"{who}: x must have shape (T, H), got {tuple(x.shape)}; flatten the leading dimensions.")
     check_shape(who, "weight", weight, ("E", x.shape[1]))
     check_same(who, "device", "x", x.device, weight=weight.device)
-    for name, bias in biases.items():
-        if bias is not None:
-            # behind the columns of `bias` there may be those of shared experts, which `route` checks
-            check_shape(who, name, bias, ("E",) if name == "bias" and who == "gate" else (weight.shape[0],))
-            check_same(who, "device", "x", x.device, **{name: bias.device})
+    if bias is not None:
+        check_shape(who, name, bias, (weight.shape[0],))
+        check_same(who, "device", "x", x.device, **{name: bias.device})
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"{who}: x and weight must be floating point, got {x.dtype} and {weight.dtype}; convert them.")
-
-
-def _module(x: Tensor, weight: Tensor, core: tuple | None, implementation: str):
-    config = None if core is None else RouterConfig.of_core(*core)
-    return _select(x.device, x.dtype, x.shape[0], weight.shape[0], x.shape[1], config, implementation)
-
-
-@functools.lru_cache(maxsize=4096)
-def _select(device, dtype, T: int, E: int, H: int, config: RouterConfig | None, implementation: str):
-    top_k = 0 if config is None else config.top_k
-    problem = Problem("route", device.type, arch_of(device), dtype, T, top_k, E, H, option=config)
-    return OP.select(problem, implementation)
 
 
 # ---------------------------------------------------------------- private operators
@@ -121,31 +105,22 @@ def _half(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of half-precision operands with an fp32 result."""
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _full(x: Tensor):
-    """Autocast would compute in half precision what is meant to be wide."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def _logits(x: Tensor, weight: Tensor, implementation: str) -> Tensor:
-    with _full(x):
+    with torch.autocast(x.device.type, enabled=False):  # which would compute in half precision what is meant to be wide
         return _product_of(x, weight, implementation)
 
 
 def _product_of(x: Tensor, weight: Tensor, implementation: str) -> Tensor:
     if implementation == "reference":
-        return (x.double() @ weight.double().mT).to(_wide(x))
+        return (x.double() @ weight.double().mT).to(_weight_dtype(x))
     if _half(x, weight):
         return _product(x, weight.mT)
-    return x.to(_wide(x)) @ weight.to(_wide(x)).mT
+    return x.to(_weight_dtype(x)) @ weight.to(_weight_dtype(x)).mT
 
 
 def _logits_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], implementation: str):
@@ -171,7 +146,7 @@ def _logits_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool],
 
 define(
     "router_logits(Tensor x, Tensor weight, str implementation) -> Tensor", _logits,
-    lambda x, weight, _: x.new_empty(x.shape[0], weight.shape[0], dtype=_wide(x)),
+    lambda x, weight, _: x.new_empty(x.shape[0], weight.shape[0], dtype=_weight_dtype(x)),
 )  # fmt: skip
 define(
     "router_logits_backward(Tensor grad, Tensor x, Tensor weight, bool[] needs, str implementation) "
