@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def ceil_div(a: int, b: int) -> int:
 def unit_rows(x: Tensor) -> Tensor:
     """x with unit stride along its last dimension, copied only if it has not."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def descriptor(t: Tensor, shape: Any, strides: Any, box: list[int]) -> Any:
+    """A tensor map over memory that starts at t: `shape` and `strides` in elements, `box` what one access moves."""
+    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor(t, shape, strides, box)
 
 
 @functools.cache
@@ -63,9 +69,9 @@ class Launch:
     Args:
         constants: the compile-time arguments, which come last in the kernel's signature.
 
-    A launch is called with pointers (tensors of one device, or None) and numbers. From call to call, the pointers'
-    dtypes, which of them are None, and the numbers that the kernel specialises on must not change; numbers that do
-    change must be in its `do_not_specialize` and below 2^31.
+    A launch is called with pointers (tensors of one device, None, or tensor maps; a tensor first) and numbers. From
+    call to call, the pointers' dtypes, which of them are None, and the numbers that the kernel specialises on must not
+    change; numbers that do change must be in its `do_not_specialize` and below 2^31.
     """
 
     __slots__ = ("_entries", "constants", "grid", "kernel", "options")
@@ -77,25 +83,28 @@ class Launch:
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         self._entries: dict[int, tuple[Any, Any, tuple]] = {}
 
-    def __call__(self, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...] = ()) -> None:
+    def __call__(self, pointers: tuple[Any, ...], numbers: tuple[int, ...] = ()) -> None:
         if _INTERPRETING:
             self.kernel[self.grid](*pointers, *numbers, *self.constants)
             return
-        device = pointers[0].get_device()  # type: ignore[union-attr]
+        device = pointers[0].get_device()
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 self._launch(device, pointers, numbers)
         else:
             self._launch(device, pointers, numbers)
 
-    def _launch(self, device: int, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+    def _launch(self, device: int, pointers: tuple[Any, ...], numbers: tuple[int, ...]) -> None:
         entry = self._entries.get(device)
         # plain addresses spare the C side a method call and a driver's question each
         addresses, bits = [], 0
         for pointer in pointers:
-            address = None if pointer is None else pointer.data_ptr()
+            if isinstance(pointer, Tensor):
+                address = pointer.data_ptr()
+                bits |= address
+            else:
+                address = pointer
             addresses.append(address)
-            bits |= address or 0
         aligned = not bits & 15  # which a compiled kernel relies on
         if entry is None or not aligned:
             compiled = self.kernel[self.grid](*pointers, *numbers, *self.constants, **self.options)

@@ -90,7 +90,7 @@ def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgra
              "stride_xm": "i32", "stride_we": "i32", "R": "i32", "num_slots": "i32"}  # fmt: skip
     constants = {
         "gather_ptr": None, "bias_ptr": None, "hidden_ptr": None, "N": N, "K": K, "E": case.num_experts,
-        "E_POW2": pow2(case.num_experts), "GATHER": 0, "ACTIVATION": products.identity, "GATED": False,
+        "E_POW2": pow2(case.num_experts), "GATHER": 0, "ACTIVATION": products.epilogue(None, False)[0], "GATED": False,
         "INTERLEAVED": case.layout == "interleaved", "ALPHA": act.alpha, "LIMIT": act.limit, "HAS_BIAS": case.bias,
         "SAVE_HIDDEN": training and up, "ZERO_TAIL": False, "BY_ROW": rows <= 16, "PRECISION": "ieee",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
@@ -107,6 +107,44 @@ def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgra
     if constants["SAVE_HIDDEN"]:
         types["hidden_ptr"] = constants.pop("hidden_ptr") or POINTER[dtype]
     return products._grouped_gemm_kernel, types, constants, config.num_warps, config.num_stages
+
+
+def tensor_map(*box: int, dtype=torch.bfloat16) -> str:
+    return f"tensordesc<{POINTER[dtype][1:]}[{', '.join(map(str, box))}]>"
+
+
+def persistent(arch: str, case, *, up: bool, training: bool = False, dgrad: bool = False):
+    """The same of the persistent kernel, with 256 rows an expert."""
+    act = ACTIVATIONS[case.activation] if up and not dgrad else None
+    H, I = case.hidden_size, case.intermediate_size
+    N, K = (I, H) if up else (H, I)
+    gated = act is not None and act.gated
+    interleaved = case.layout == "interleaved"
+    joined, transposed = gated and not interleaved, case.transposed != dgrad
+    c = products.gemm_config(arch, torch.bfloat16, 256, N, K, gated)
+    m, n, k = c.block_m, c.block_n, c.block_k
+    types = {"tiles_ptr": "*i64", "used_ptr": "*i32", "x_ptr": "*bf16", "stride_xm": "i32"}
+    if joined:
+        types["w_desc"] = tensor_map(1, k, 2, n // 2) if transposed else tensor_map(1, 2, n // 2, k)
+    else:
+        types["w_desc"] = tensor_map(1, k, n) if transposed else tensor_map(1, n, k)
+    types["out_desc"] = tensor_map(1, 1, m, n // 2)
+    constants = {
+        "N": N, "K": K, "GATHER": case.top_k if up or dgrad else 0, "TRANSPOSED": transposed, "HAS_BIAS": case.bias,
+        "SAVE_HIDDEN": training and up, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": c.group_m, "PROGRAMS": 132,
+    }  # fmt: skip
+    epilogue = products.epilogue(act and (act.name, act.alpha, act.limit), interleaved)
+    constants |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "ALPHA", "LIMIT"), epilogue, strict=True))
+    if constants["GATHER"]:
+        types["gather_ptr"] = "*i32"
+    else:
+        types["x_desc"] = tensor_map(m, k)
+    if constants["SAVE_HIDDEN"]:
+        types |= dict.fromkeys(("hidden_desc", "up_desc") if joined else ("hidden_desc",), tensor_map(1, 1, m, n // 2))
+    if case.bias:
+        types["bias_ptr"] = "*bf16"
+    kernel = products._triton_tma._persistent_gemm_kernel
+    return kernel, types, constants | dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants)), c.num_warps, 4
 
 
 def wgrad(arch: str, case, dtype=torch.bfloat16):
@@ -203,6 +241,13 @@ def jobs(arch: str):
     for rows in (1, 256):
         yield f"up, transposed interleaved biased, {rows} rows", True, gemm(arch, gpt, rows, up=True)
     yield "dgrad of down", True, gemm(arch, qwen, 256, up=True, dgrad=True)
+    if arch == "sm_90":
+        scout = CASES["llama4-scout"]
+        for case in (qwen, gpt, nemotron, scout):
+            yield f"persistent up, {case.name}", True, persistent(arch, case, up=True)
+            yield f"persistent up, training, {case.name}", True, persistent(arch, case, up=True, training=True)
+            yield f"persistent down, {case.name}", True, persistent(arch, case, up=False)
+            yield f"persistent dgrad of down, {case.name}", True, persistent(arch, case, up=True, dgrad=True)
     yield "up, fp32", False, gemm(arch, qwen, 256, up=True, dtype=torch.float32)
     yield "wgrad", True, wgrad(arch, qwen)
     yield "wgrad, fp32", False, wgrad(arch, qwen, torch.float32)

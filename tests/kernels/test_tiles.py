@@ -47,9 +47,8 @@ def test_product_of_any_tile(counts, tile, device):
     rows, w = torch.randn(R, K, generator=g).to(device), torch.randn(E, N, K, generator=g).to(device)
     problem = Problem("grouped_matmul", device, hardware.arch_of(torch.device(device)), rows.dtype, R, 1, E, K, N)
     config = products.Config(m, n, k, 4, 2, group)
-    out = products.gemm(
-        rows, w, False, routing.expert_offsets, problem, rows=R, N=N, K=K, zero_tail=True, config=config
-    )
+    tiles = products.TileTable(routing.expert_offsets, R)
+    out = products.gemm(rows, w, False, tiles, problem, N=N, K=K, zero_tail=True, config=config)
     want = grouped_matmul(rows.double(), w.double(), routing, implementation="reference")
     assert_close(out, want, K)
 
@@ -70,13 +69,83 @@ def test_gathered_product_with_activation(activation, interleaved, tile, device)
     problem = Problem("fused_experts", device, arch, x.dtype, T, top_k, E, H, I, activation, interleaved, training=True)
     hidden = torch.full((T * top_k, act.width(I)), float("nan"), dtype=x.dtype, device=device)
     out = products.gemm(
-        x, w, False, routing.expert_offsets, problem, rows=T * top_k, N=I, K=H, gather=routing.row_order, top_k=top_k,
-        activation=act, hidden=hidden, config=products.Config(m, n, k, 4, 2, group),
+        x, w, False, products.TileTable(routing.expert_offsets, T * top_k), problem, N=I, K=H,
+        gather=routing.row_order, top_k=top_k, activation=act, hidden=hidden,
+        config=products.Config(m, n, k, 4, 2, group),
     )  # fmt: skip
     rows = x.double()[routing.row_order.long() // top_k]
     want = grouped_matmul(rows, w.double(), routing, implementation="reference")
     assert_close(hidden, want, H, name="hidden")
     assert_close(out, apply(act, want, interleaved), H, name="activations")
+
+
+# ---------------------------------------------------------------- the persistent kernel
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_tile_table(counts, device):
+    routing = Routing.from_topk(None, counts_to_ids(counts).to(device), len(counts))
+    table = products.TileTable(routing.expert_offsets, sum(counts))
+    entries, used = table.of(16)
+    want, row = [], 0
+    for expert, count in enumerate(counts):
+        want += [(row + i, expert, min(16, count - i)) for i in range(0, count, 16)]
+        row += count
+    got = [(e & 0xFFFFFFFF, e >> 32 & 0xFFFF, e >> 48) for e in entries[: used.item()].tolist()]
+    assert got == want and len(want) <= table.bound(16)
+    assert table.of(16)[0] is entries, "a table is made once"
+
+
+WEIGHTS = ("plain", "transposed")
+EPILOGUES = (None, "relu2", "swiglu", "swiglu interleaved")
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("kind", EPILOGUES, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gathered"])
+def test_persistent_product(counts, kind, weights, gathered, device):
+    """Every operand that a tensor map holds, ends of experts inside tiles, widths that leave part of the last one."""
+    E, N, K, R = len(counts), 40, 72, sum(counts)
+    name, interleaved = (kind or "identity").split()[0], "interleaved" in (kind or "")
+    act = ACTIVATIONS[name] if kind else None
+    width = act.width(N) if act else N
+    g = torch.Generator().manual_seed(0)
+    routing = Routing.from_topk(None, counts_to_ids(counts).to(device), E)
+    x = torch.randn(R, K, generator=g).to(device, torch.float16)
+    w = (torch.randn(E, width, K, generator=g) * K**-0.5).to(device, torch.float16)
+    bias = torch.randn(E, width, generator=g).to(device, torch.float16)
+    hidden = None if act is None else torch.full((R, width), float("nan"), dtype=x.dtype, device=device)
+    transposed = weights == "transposed"
+    stored = w.mT.contiguous() if transposed else w
+    assert products._triton_tma.why_not(x, stored, N, K) is None
+    arch = hardware.arch_of(torch.device(device))
+    problem = Problem("fused_experts", device, arch, x.dtype, R, 1, E, K, N, name, interleaved, transposed)
+    config = products.Config(16, 32, 32, 4, 2, 2, persistent=True)
+    out = products.gemm(
+        x, stored, transposed, products.TileTable(routing.expert_offsets, R), problem, N=N, K=K, bias=bias,
+        gather=routing.row_order if gathered else None, top_k=1, activation=act, hidden=hidden, config=config,
+    )  # fmt: skip
+    rows = x.double()[routing.row_order.long()] if gathered else x.double()
+    want = grouped_matmul(rows, w.double(), routing, bias=bias.double(), implementation="reference")
+    if act is None:
+        assert_close(out, want, K)
+    else:
+        assert_close(hidden, want, K, name="hidden")
+        assert_close(out, apply(act, want, interleaved), K, name="activations")
+
+
+@pytest.mark.parametrize("dropped", [0, 5, 33])
+def test_persistent_product_zeroes_dropped_rows(dropped, device):
+    """Rows behind the last expert's: no tile has them, and the public operator promises zeros."""
+    ids = torch.arange(33) % 3
+    ids[:dropped] = -1
+    routing = Routing.from_topk(None, ids[:, None].to(device), 3)
+    x, w = torch.randn(33, 64).to(device, torch.float16), torch.randn(3, 48, 64).to(device, torch.float16)
+    problem = Problem("grouped_matmul", device, hardware.arch_of(torch.device(device)), x.dtype, 33, 1, 3, 64, 48)
+    config = products.Config(16, 32, 32, 4, 2, persistent=True)
+    tiles = products.TileTable(routing.expert_offsets, 33)
+    out = products.gemm(x, w, False, tiles, problem, N=48, K=64, zero_tail=True, config=config)
+    assert_close(out, grouped_matmul(x.double(), w.double(), routing, implementation="reference"), 64)
+    assert not out[33 - dropped :].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -92,6 +161,7 @@ def test_every_configuration_of_tuning(device):
     rows = x.float()[routing.row_order.long() // 2]
     want = apply(act, grouped_matmul(rows, w.float(), routing, implementation="torch").double(), False)
     for config in products.configs():
-        out = products.gemm(x, w, False, routing.expert_offsets, problem, rows=2 * T, N=I, K=H,
-                            gather=routing.row_order, top_k=2, activation=act, config=config)  # fmt: skip
+        tiles = products.TileTable(routing.expert_offsets, 2 * T)
+        out = products.gemm(x, w, False, tiles, problem, N=I, K=H, gather=routing.row_order, top_k=2, activation=act,
+                            config=config)  # fmt: skip
         assert_close(out, want, H, name=str(config))

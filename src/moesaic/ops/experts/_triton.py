@@ -40,13 +40,12 @@ def fused_experts(
     up, down = config or (None, None)
     x, b_gate_up, b_down = unit_rows(x), _packed(b_gate_up), _packed(b_down)
     hidden = x.new_empty((R, act.width(I))) if problem.training else None
+    tiles = products.TileTable(expert_offsets, R)
     a = products.gemm(
-        x, w_gate_up, problem.transposed, expert_offsets, problem, rows=R, N=I, K=H, gather=row_order, top_k=K,
-        bias=b_gate_up, activation=act, hidden=hidden, config=up,
+        x, w_gate_up, problem.transposed, tiles, problem, N=I, K=H, gather=row_order, top_k=K, bias=b_gate_up,
+        activation=act, hidden=hidden, config=up,
     )  # fmt: skip
-    y = products.gemm(
-        a, w_down, problem.transposed, expert_offsets, problem, rows=R, N=H, K=I, bias=b_down, config=down
-    )
+    y = products.gemm(a, w_down, problem.transposed, tiles, problem, N=H, K=I, bias=b_down, config=down)
     return unpermute(y, weights, row_index, K) if R else x.new_zeros(x.shape), hidden
 
 
@@ -136,9 +135,9 @@ def fused_experts_backward(
         inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
         return tuple(torch.zeros_like(t) if need else o for t, need, o in zip(inputs, needs, out, strict=True))
     grad, x, weights, b_down = unit_rows(grad), unit_rows(x), _packed(weights), _packed(b_down)
+    tiles = products.TileTable(expert_offsets, R)
     if need_x or need_up or need_bup or need_weights or need_down:
-        da = products.gemm(grad, w_down, not problem.transposed, expert_offsets, problem, rows=R, N=I, K=H,
-                           gather=row_order, top_k=K)  # fmt: skip
+        da = products.gemm(grad, w_down, not problem.transposed, tiles, problem, N=I, K=H, gather=row_order, top_k=K)
         dh, scaled, out[3] = _activation_backward(
             da, hidden, weights, grad, b_down, row_order, expert_offsets, act, problem
         )
@@ -151,9 +150,7 @@ def fused_experts_backward(
         if need_bup:
             out[4] = products.bias_grad(dh, expert_offsets, b_gate_up)
         if need_x:
-            dxs = products.gemm(
-                dh, w_gate_up, not problem.transposed, expert_offsets, problem, rows=R, N=H, K=act.width(I)
-            )
+            dxs = products.gemm(dh, w_gate_up, not problem.transposed, tiles, problem, N=H, K=act.width(I))
             out[0] = unpermute(dxs, None, row_index, K)
     if need_bdown and b_down is not None:
         out[5] = products.bias_grad(grad, expert_offsets, b_down, row_order, weights, K)

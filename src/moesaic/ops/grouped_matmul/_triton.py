@@ -1,5 +1,7 @@
 """`grouped_matmul` in Triton: one kernel for all products of rows with experts' matrices, one for weight gradients.
 
+Many rows an expert, where tensor maps can hold the operands, go to the persistent kernel of `_triton_tma`.
+
 Legend: M rows, N output columns, K contraction; a *slot* is a place in the grid that may hold a tile of rows. Where the
 tiles lie is known on the device only, so grids are upper bounds and surplus slots leave at once: nobody waits.
 """
@@ -13,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
+from . import _triton_tma
+from ._tiles import TileTable, epilogue
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -25,7 +28,10 @@ SMALL_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile."""
+    """Tiles of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile.
+
+    `persistent` asks for `_triton_tma`'s kernel, which takes 16-byte strides only; other operands go the common way.
+    """
 
     block_m: int
     block_n: int
@@ -33,6 +39,7 @@ class Config:
     num_warps: int
     num_stages: int
     group_m: int = 16
+    persistent: bool = False
 
 
 def why_not(problem) -> str | None:
@@ -59,7 +66,7 @@ def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K
             return Config(16, 128, 128, 4, 4)
         if rows <= 40:
             return Config(64, 128, 64, 4, 4)
-        return Config(128, 256, 64, 8, 3 if gated and rows > 150 else 4)
+        return Config(128, 256, 64, 8, 4, persistent=arch == "sm_90")
     stages = 3 if arch in SMALL_MEMORY else 4
     if rows <= 16:
         return Config(16, 64, 128, 4, stages)
@@ -111,11 +118,6 @@ def locate_tile(
     else:
         row = start + (slot - start // BLOCK_M - expert) * BLOCK_M
     return expert, row, end
-
-
-@triton.jit
-def identity(x, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    return x
 
 
 @triton.jit(do_not_specialize=["R", "num_slots"])
@@ -285,44 +287,53 @@ def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _gemm_launch(
-    arch: str, dtype: torch.dtype, rows: int, E: int, N: int, K: int, top_k: int, activation: tuple | None,
-    interleaved: bool, allow_tf32: bool, has_bias: bool, save_hidden: bool, zero_tail: bool, strides: tuple[int, ...],
-    config: Config | None,
+    dtype: torch.dtype, rows: int, N: int, K: int, E: int, top_k: int, activation: tuple | None, interleaved: bool,
+    allow_tf32: bool, has_bias: bool, save_hidden: bool, zero_tail: bool, strides: tuple[int, ...], c: Config,
 ) -> tuple[Launch, int]:  # fmt: skip
-    """The launch of a product and its number of slots; `activation` is its name and constants."""
-    act = None if activation is None else ACTIVATIONS[activation[0]]
-    gated = act is not None and act.gated
-    c = config or gemm_config(arch, dtype, rows / E, N, K, gated)
+    """The launch of a product and its number of slots."""
     by_row = rows <= rows // c.block_m + E
     num_slots = rows if by_row else rows // c.block_m + E + zero_tail
-    epilogue = (identity, False, False, 1.0, 0.0)
-    if act is not None and activation is not None:
-        epilogue = (act.device[0], gated, interleaved, *activation[1:])
+    act = epilogue(activation, interleaved)
     constants = (
-        N, K, E, pow2(E), top_k, *epilogue, has_bias, save_hidden, zero_tail, by_row,
+        N, K, E, pow2(E), top_k, *act, has_bias, save_hidden, zero_tail, by_row,
         _precision(dtype, allow_tf32), c.block_m, c.block_n, c.block_k, c.group_m,
     )  # fmt: skip
-    grid = (num_slots * ceil_div(N, c.block_n // 2 if gated else c.block_n), 1, 1)
-    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages), num_slots
+    grid = (num_slots * ceil_div(N, c.block_n // 2 if act[1] else c.block_n), 1, 1)
+    stages = min(3, c.num_stages) if c.block_n == 256 and act[1] else c.num_stages
+    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, stages), num_slots
+
+
+@functools.lru_cache(maxsize=4096)
+def _gemm_config(arch: str, dtype: torch.dtype, rows: int, E: int, N: int, K: int, gated: bool) -> Config:
+    return gemm_config(arch, dtype, rows / E, N, K, gated)
 
 
 def gemm(
-    x: Tensor, w: Tensor, transposed: bool, expert_offsets: Tensor, problem, *, rows: int, N: int, K: int,
+    x: Tensor, w: Tensor, transposed: bool, tiles: TileTable, problem, *, N: int, K: int,
     gather: Tensor | None = None, top_k: int = 0, bias: Tensor | None = None, activation=None,
     hidden: Tensor | None = None, zero_tail: bool = False, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch `_grouped_gemm_kernel`. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N as in the kernel."""
+    """Launch a product. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N as in the kernels."""
+    rows, E = tiles.rows, tiles.experts
     out = x.new_empty((rows, N))
     if rows == 0:
+        return out
+    gated = activation is not None and activation.gated
+    act = None if activation is None else (activation.name, activation.alpha, activation.limit)
+    top_k = top_k if gather is not None else 0
+    c = config or _gemm_config(problem.arch, x.dtype, rows, E, N, K, gated)
+    if c.persistent and _triton_tma.why_not(x, w, N, K) is None:
+        _triton_tma.gemm(x, w, transposed, tiles, out, K, gather, top_k, bias, act, problem.interleaved, hidden, c)
+        if zero_tail:
+            _triton_tma.zero_tail(out, tiles.offsets)
         return out
     we, wn, wk = w.stride()
     strides = (x.stride(0), we, wk, wn) if transposed else (x.stride(0), we, wn, wk)
     launch, num_slots = _gemm_launch(
-        problem.arch, x.dtype, rows, expert_offsets.shape[0] - 1, N, K, top_k if gather is not None else 0,
-        None if activation is None else (activation.name, activation.alpha, activation.limit), problem.interleaved,
-        problem.allow_tf32, bias is not None, hidden is not None, zero_tail, strides, config,
+        x.dtype, rows, N, K, E, top_k, act, problem.interleaved, problem.allow_tf32, bias is not None,
+        hidden is not None, zero_tail, strides, c,
     )  # fmt: skip
-    launch((x, gather, w, bias, out, hidden, expert_offsets), (*strides, rows, num_slots))
+    launch((x, gather, w, bias, out, hidden, tiles.offsets), (*strides, rows, num_slots))
     return out
 
 
@@ -370,7 +381,7 @@ def default_config(problem) -> Config:
 
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
     return gemm(
-        unit_rows(rows), w, problem.transposed, expert_offsets, problem, rows=rows.shape[0],
+        unit_rows(rows), w, problem.transposed, TileTable(expert_offsets, rows.shape[0]), problem,
         N=problem.intermediate_size, K=problem.hidden_size, zero_tail=True,
         bias=None if bias is None else bias.contiguous(),
     )  # fmt: skip
@@ -380,7 +391,7 @@ def grouped_matmul_backward(grad, rows, w, expert_offsets, bias, problem, needs)
     drows, dw, dbias = (rows.new_empty(0) for _ in range(3))
     grad, rows = unit_rows(grad), unit_rows(rows)
     if needs[0]:
-        drows = gemm(grad, w, not problem.transposed, expert_offsets, problem, rows=grad.shape[0],
+        drows = gemm(grad, w, not problem.transposed, TileTable(expert_offsets, grad.shape[0]), problem,
                      N=problem.hidden_size, K=problem.intermediate_size, zero_tail=True)  # fmt: skip
     if needs[1]:
         dw = wgrad(grad, rows, expert_offsets, w, problem.transposed, problem)

@@ -1,0 +1,222 @@
+"""The persistent product of `grouped_matmul` in Triton, for many rows: weights, rows and results go by tensor maps.
+
+A program a multiprocessor walks over the tiles of a table, loads running ahead from one tile into the next. Legend as
+in `_triton.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...hardware import sm_count, tl, triton
+from ...launch import Launch, ceil_div, descriptor, pow2
+from ._tiles import TileTable, epilogue
+
+
+@triton.jit
+def tile_at(tiles_ptr, t, used, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """`(row, expert, height, column tile)` of output tile t: groups of GROUP_M row tiles, rows fastest.
+
+    Neighbours in time share a weight tile through the L2; columns fastest costs 30% on wide weights (H200, 2026-11).
+    """
+    group = t // (GROUP_M * NUM_N)
+    rest = t % (GROUP_M * NUM_N)
+    in_group = tl.minimum(used - group * GROUP_M, GROUP_M)
+    entry = tl.load(tiles_ptr + group * GROUP_M + rest % in_group)
+    row = (entry & 0xFFFFFFFF).to(tl.int32)
+    expert = ((entry >> 32) & 0xFFFF).to(tl.int32)
+    height = (entry >> 48).to(tl.int32)
+    return row, expert, height, rest // in_group
+
+
+@triton.jit
+def store_rows(desc, row, end, column, values):
+    """Store the rows of a tile that stand before `end`.
+
+    The map's first two dimensions cancel in 64-bit arithmetic, so that row `end` lies on the edge of the third, where
+    the hardware clips (`triton.tools.ragged_tma` has the idea).
+    """
+    rows: tl.constexpr = values.shape[0]
+    columns: tl.constexpr = values.shape[1]
+    block = tl.reshape(values.to(desc.dtype), (1, 1, rows, columns))
+    desc.store([1073741824, end, 1073741824 + row - end, column], block)
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns)), (0, 2, 1)))
+
+
+@triton.jit
+def _persistent_gemm_kernel(
+    tiles_ptr, used_ptr, x_ptr, gather_ptr, bias_ptr, x_desc, w_desc, out_desc, hidden_desc, up_desc, stride_xm,
+    N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2."""
+    OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    WIDTH: tl.constexpr = 2 * N if GATED else N
+    JOINED: tl.constexpr = GATED and not INTERLEAVED  # the tile's left half is gate, the right one up
+    NUM_N: tl.constexpr = (N + OUT_N - 1) // OUT_N
+    pid = tl.program_id(0)
+    used = tl.load(used_ptr)
+    offs_k = tl.arange(0, BLOCK_K)
+    last = pid - PROGRAMS  # counts with t: what the epilogue reads must not hang on what the next tile's loads need
+    for t in tl.range(pid, used * NUM_N, PROGRAMS, flatten=True):
+        # locate tile
+        row, expert, height, tile_n = tile_at(tiles_ptr, t, used, NUM_N, GROUP_M)
+
+        # pointers: rows behind the tile's last are read as its last, and not stored
+        if GATHER > 0:
+            rows = row + tl.minimum(tl.arange(0, BLOCK_M), height - 1)
+            source = tl.load(gather_ptr + rows) // GATHER
+            x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+
+        # main loop
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if GATHER > 0:
+                if K % BLOCK_K == 0:
+                    x = tl.load(x_ptrs + k)
+                else:
+                    x = tl.load(x_ptrs + k, mask=offs_k[None, :] < K - k, other=0.0)
+            else:
+                x = x_desc.load([row, k])
+            if TRANSPOSED:
+                if JOINED:
+                    w = tl.reshape(w_desc.load([expert, k, 0, tile_n * OUT_N]), (BLOCK_K, BLOCK_N))
+                else:
+                    w = tl.reshape(w_desc.load([expert, k, tile_n * BLOCK_N]), (BLOCK_K, BLOCK_N))
+            elif JOINED:
+                w = tl.reshape(w_desc.load([expert, 0, tile_n * OUT_N, k]), (BLOCK_N, BLOCK_K)).T
+            else:
+                w = tl.reshape(w_desc.load([expert, tile_n * BLOCK_N, k]), (BLOCK_N, BLOCK_K)).T
+            acc = tl.dot(x, w, acc)
+
+        # epilogue
+        last += PROGRAMS
+        row_, expert_, height_, tile_n_ = tile_at(tiles_ptr, last, used, NUM_N, GROUP_M)
+        end = row_ + height_
+        if HAS_BIAS:
+            j = tl.arange(0, BLOCK_N)
+            if JOINED:
+                column = tile_n_ * OUT_N + j % OUT_N
+                inside = column < N
+                column += j // OUT_N * N
+            else:
+                column = tile_n_ * BLOCK_N + j
+                inside = column < WIDTH
+            acc += tl.load(bias_ptr + expert_ * WIDTH + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if SAVE_HIDDEN and not JOINED:
+            left, right = halves(acc)
+            store_rows(hidden_desc, row_, end, tile_n_ * BLOCK_N, left)
+            store_rows(hidden_desc, row_, end, tile_n_ * BLOCK_N + BLOCK_N // 2, right)
+        if GATED:
+            if INTERLEAVED:
+                gate, up = tl.split(tl.reshape(acc, (BLOCK_M, OUT_N, 2)))
+            else:
+                gate, up = halves(acc)
+                if SAVE_HIDDEN:
+                    store_rows(hidden_desc, row_, end, tile_n_ * OUT_N, gate)
+                    store_rows(up_desc, row_, end, tile_n_ * OUT_N, up)
+            store_rows(out_desc, row_, end, tile_n_ * OUT_N, ACTIVATION(gate, up, ALPHA, LIMIT))
+        else:  # two halves: what they free in shared memory is a stage of the loads
+            left, right = halves(ACTIVATION(acc, ALPHA, LIMIT))
+            store_rows(out_desc, row_, end, tile_n_ * OUT_N, left)
+            store_rows(out_desc, row_, end, tile_n_ * OUT_N + OUT_N // 2, right)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _zero_tail_kernel(out_ptr, offsets_ptr, R, N: tl.constexpr, E: tl.constexpr, PROGRAMS: tl.constexpr,
+                      BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.load(offsets_ptr + E) + tl.program_id(0)
+    while row < R:
+        for n in range(0, N, BLOCK):
+            offs = n + tl.arange(0, BLOCK)
+            zeros = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row.to(tl.int64) * N + offs, zeros, mask=offs < N)
+        row += PROGRAMS
+
+
+# ---------------------------------------------------------------- launches
+def why_not(x: Tensor, w: Tensor, N: int, K: int) -> str | None:
+    """Tensor maps want 16-byte strides, and unit ones last."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return "needs half precision"
+    if w.stride(2) != 1 or x.stride(1) != 1:
+        return "needs unit strides"
+    if any(s % 8 for s in (w.stride(0), w.stride(1), x.stride(0), N, K)) or (x.data_ptr() | w.data_ptr()) % 16:
+        return "needs strides and addresses of whole 16 bytes"
+    return None
+
+
+def _weight_map(w: Tensor, transposed: bool, joined: bool, N: int, K: int, config):
+    """A box is one expert's BLOCK_N × BLOCK_K weights; of `joined` ones half are gate and half up columns."""
+    we, w1, _ = w.stride()
+    n, k = config.block_n, config.block_k
+    if not joined:
+        return descriptor(w, w.shape, w.stride(), [1, k, n] if transposed else [1, n, k])
+    if transposed:
+        return descriptor(w, [w.shape[0], K, 2, N], [we, w1, N, 1], [1, k, 2, n // 2])
+    return descriptor(w, [w.shape[0], 2, N, K], [we, N * w1, w1, 1], [1, 2, n // 2, k])
+
+
+def _row_map(rows: Tensor, block_m: int, columns: int):
+    """Rows to store, of which `store_rows` names the end."""
+    (_, width), stride, big = rows.shape, rows.stride(0), 0x7FFF0000
+    strides = [2**34 - stride, stride, stride, 1]
+    return descriptor(rows, [big, big, 1 << 30, width], strides, [1, 1, block_m, columns])
+
+
+@functools.lru_cache(maxsize=4096)
+def _persistent_launch(
+    dtype: torch.dtype, programs: int, N: int, K: int, top_k: int, transposed: bool, activation: tuple | None,
+    interleaved: bool, has_bias: bool, save_hidden: bool, stride: int, c,
+) -> Launch:  # fmt: skip
+    act = epilogue(activation, interleaved)
+    constants = (
+        N, K, top_k, transposed, *act, has_bias, save_hidden, c.block_m, c.block_n, c.block_k, c.group_m, programs,
+    )  # fmt: skip
+    return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages)
+
+
+def gemm(
+    x: Tensor, w: Tensor, transposed: bool, tiles: TileTable, out: Tensor, K: int, gather: Tensor | None, top_k: int,
+    bias: Tensor | None, activation: tuple | None, interleaved: bool, hidden: Tensor | None, c,
+) -> None:  # fmt: skip
+    """Launch `_persistent_gemm_kernel` with configuration c; `activation` is its name and constants."""
+    N, m, n = out.shape[1], c.block_m, c.block_n
+    gated = epilogue(activation, interleaved)[1]
+    joined, out_n = gated and not interleaved, n // 2 if gated else n
+    entries, used = tiles.of(m)
+    processors = sm_count(x.get_device()) if x.is_cuda else 4
+    programs = min(processors, tiles.bound(m) * ceil_div(N, out_n))
+    launch = _persistent_launch(
+        x.dtype, programs, N, K, top_k, transposed, activation, interleaved, bias is not None, hidden is not None,
+        x.stride(0), c,
+    )  # fmt: skip
+    x_map = None if gather is not None else descriptor(x, x.shape, x.stride(), [m, c.block_k])
+    w_map = _weight_map(w, transposed, joined, N, K, c)
+    out_map = _row_map(out, m, out_n if gated else out_n // 2)
+    hidden_map = up_map = None
+    if hidden is not None and joined:  # two maps, so that a tile past the gates' end does not reach the ups
+        hidden_map, up_map = (_row_map(part, m, out_n) for part in hidden.chunk(2, 1))
+    elif hidden is not None:
+        hidden_map = _row_map(hidden, m, n // 2)
+    launch((entries, used, x, gather, bias, x_map, w_map, out_map, hidden_map, up_map), (x.stride(0),))
+
+
+def zero_tail(out: Tensor, expert_offsets: Tensor) -> None:
+    """Zero the rows behind the last expert's."""
+    R, N = out.shape
+    E = expert_offsets.shape[0] - 1
+    programs = min(R, 128)
+    Launch(_zero_tail_kernel, (programs, 1, 1), (N, E, programs, min(1024, pow2(N))))((out, expert_offsets), (R,))
