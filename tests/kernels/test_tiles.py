@@ -82,16 +82,20 @@ def test_gathered_product_with_activation(activation, interleaved, tile, device)
 # ---------------------------------------------------------------- the persistent kernel
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_tile_table(counts, device):
+    """Groups of two row tiles, three column tiles, an expert after the other."""
     routing = Routing.from_topk(None, counts_to_ids(counts).to(device), len(counts))
     table = products.TileTable(routing.expert_offsets, sum(counts))
-    entries, used = table.of(16)
+    entries, used = table.of(16, 3, 2)
     want, row = [], 0
     for expert, count in enumerate(counts):
-        want += [(row + i, expert, min(16, count - i)) for i in range(0, count, 16)]
+        tiles = [(row + i, min(16, count - i)) for i in range(0, count, 16)]
+        for group in range(0, len(tiles), 2):
+            want += [(first, expert, height, n) for n in range(3) for first, height in tiles[group : group + 2]]
         row += count
-    got = [(e & 0xFFFFFFFF, e >> 32 & 0xFFFF, e >> 48) for e in entries[: used.item()].tolist()]
-    assert got == want and len(want) <= table.bound(16)
-    assert table.of(16)[0] is entries, "a table is made once"
+    got = [(e & 0xFFFFFFFF, e >> 32 & 0xFFF, e >> 44 & 0xFF, e >> 52 & 0xFFF) for e in entries.tolist()]
+    assert got[: used.item()] == want and len(want) <= 3 * table.bound(16)
+    assert set(got[len(want) : len(want) + 1024]) == {(0, 0, 0, 0)}, "what looks ahead finds nothing"
+    assert table.of(16, 3, 2)[0] is entries, "a table is made once"
 
 
 WEIGHTS = ("plain", "transposed")

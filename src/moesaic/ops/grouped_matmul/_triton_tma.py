@@ -13,23 +13,7 @@ from torch import Tensor
 
 from ...hardware import sm_count, tl, triton
 from ...launch import Launch, ceil_div, descriptor, pow2
-from ._tiles import TileTable, epilogue
-
-
-@triton.jit
-def tile_at(tiles_ptr, t, used, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """`(row, expert, height, column tile)` of output tile t: groups of GROUP_M row tiles, rows fastest.
-
-    Neighbours in time share a weight tile through the L2; columns fastest costs 30% on wide weights (H200, 2026-11).
-    """
-    group = t // (GROUP_M * NUM_N)
-    rest = t % (GROUP_M * NUM_N)
-    in_group = tl.minimum(used - group * GROUP_M, GROUP_M)
-    entry = tl.load(tiles_ptr + group * GROUP_M + rest % in_group)
-    row = (entry & 0xFFFFFFFF).to(tl.int32)
-    expert = ((entry >> 32) & 0xFFFF).to(tl.int32)
-    height = (entry >> 48).to(tl.int32)
-    return row, expert, height, rest // in_group
+from ._tiles import TileTable, decode, epilogue
 
 
 @triton.jit
@@ -59,26 +43,24 @@ def _persistent_gemm_kernel(
     N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2."""
     OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     WIDTH: tl.constexpr = 2 * N if GATED else N
     JOINED: tl.constexpr = GATED and not INTERLEAVED  # the tile's left half is gate, the right one up
-    NUM_N: tl.constexpr = (N + OUT_N - 1) // OUT_N
     pid = tl.program_id(0)
     used = tl.load(used_ptr)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     last = pid - PROGRAMS  # counts with t: what the epilogue reads must not hang on what the next tile's loads need
-    for t in tl.range(pid, used * NUM_N, PROGRAMS, flatten=True):
+    for t in tl.range(pid, used, PROGRAMS, flatten=True):
         # locate tile
-        row, expert, height, tile_n = tile_at(tiles_ptr, t, used, NUM_N, GROUP_M)
+        row, expert, height, tile_n = decode(tl.load(tiles_ptr + t))
 
         # pointers: rows behind the tile's last are read as its last, and not stored
         if GATHER > 0:
-            rows = row + tl.minimum(tl.arange(0, BLOCK_M), height - 1)
-            source = tl.load(gather_ptr + rows) // GATHER
-            x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+            slot = tl.load(gather_ptr + row + tl.minimum(offs_m, height - 1))
+            x_ptrs = x_ptr + (slot // GATHER).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
 
         # main loop
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -103,7 +85,7 @@ def _persistent_gemm_kernel(
 
         # epilogue
         last += PROGRAMS
-        row_, expert_, height_, tile_n_ = tile_at(tiles_ptr, last, used, NUM_N, GROUP_M)
+        row_, expert_, height_, tile_n_ = decode(tl.load(tiles_ptr + last))
         end = row_ + height_
         if HAS_BIAS:
             j = tl.arange(0, BLOCK_N)
@@ -183,7 +165,7 @@ def _persistent_launch(
 ) -> Launch:  # fmt: skip
     act = epilogue(activation, interleaved)
     constants = (
-        N, K, top_k, transposed, *act, has_bias, save_hidden, c.block_m, c.block_n, c.block_k, c.group_m, programs,
+        N, K, top_k, transposed, *act, has_bias, save_hidden, c.block_m, c.block_n, c.block_k, programs,
     )  # fmt: skip
     return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages)
 
@@ -196,7 +178,7 @@ def gemm(
     N, m, n = out.shape[1], c.block_m, c.block_n
     gated = epilogue(activation, interleaved)[1]
     joined, out_n = gated and not interleaved, n // 2 if gated else n
-    entries, used = tiles.of(m)
+    entries, used = tiles.of(m, ceil_div(N, out_n), c.group_m)
     processors = sm_count(x.get_device()) if x.is_cuda else 4
     programs = min(processors, tiles.bound(m) * ceil_div(N, out_n))
     launch = _persistent_launch(
