@@ -31,6 +31,7 @@ class Problem:
     bias: bool = False
     training: bool = False
     allow_tf32: bool = False
+    batch_invariant: bool = False
     option: Hashable = None
 
     @property

@@ -247,10 +247,10 @@ def test_opcheck_of_backward_operators(needed, implementation, device):
     weights = r.topk_weights.double()  # in another dtype than x, as their gradient must be
     plain = (inputs.x, inputs.w_gate_up, inputs.w_down, weights, inputs.b_gate_up, inputs.b_down)
     hidden, rows = torch.randn(12, 38, device=device), torch.randn(12, 37, device=device)
-    options = ("swiglu", act.alpha, act.limit, False, False, False, [needed] * 6)
+    options = ("swiglu", act.alpha, act.limit, False, False, False, False, [needed] * 6)
     calls = {
         ops.fused_experts_backward: (torch.randn_like(inputs.x), hidden, *plain, *tables, *options),
-        ops.grouped_matmul_backward: (hidden, rows, inputs.w_gate_up, r.expert_offsets, inputs.b_gate_up, False, False,
+        ops.grouped_matmul_backward: (hidden, rows, inputs.w_gate_up, r.expert_offsets, inputs.b_gate_up, False, False, False,
                                       [needed] * 3),
         ops.unpermute_backward: (inputs.x, rows, r.topk_weights, *tables, 2),
         ops.route_backward: (torch.randn(6, 2, device=device), torch.randn(2, 5, device=device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,25 @@ def test_no_host_synchronisation(olmoe):
         unpermute(grouped_matmul(rows, inputs.w_gate_up.detach(), inputs.routing), inputs.routing)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt-oss-120b"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_batch_invariance(name, dtype):
+    """A token's output has the same bits alone, in any part of a batch and in the whole one."""
+    case = replace(CASES[name], num_experts=16)
+    inputs = make_inputs(case, 3000, dtype, "cuda")
+    logits = torch.randn(3000, 16, device="cuda")
+
+    def run(tokens):
+        routing = route(logits[tokens], top_k=case.top_k, implementation="triton")
+        arguments = {**inputs.arguments(), "x": inputs.x[tokens], "routing": routing}
+        return fused_experts(**arguments, batch_invariant=True)
+
+    with torch.no_grad():
+        whole = run(slice(None))
+        for part in (slice(0, 1), slice(7, 8), slice(5, 25), slice(100, 164), slice(1000, 1500), slice(0, 2999)):
+            assert torch.equal(run(part), whole[part]), part
 
 
 def test_cuda_graph(olmoe):

@@ -432,7 +432,7 @@ def op_calls(device, implementation):
 
     args, _ = leaves(inputs)
     layer = [args[k] for k in ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")]
-    options = ("swiglu_oai", 1.702, 7.0, True, True, False)
+    options = ("swiglu_oai", 1.702, 7.0, True, True, False, False)
     config = RouterConfig(2).core()
     yield ops.fused_experts, (*layer, *tables, *options, True, implementation)
     hidden = torch.randn(10, 16, device=device)
@@ -452,7 +452,10 @@ def op_calls(device, implementation):
     yield ops.permute, (leaf(5, 7), *padded, 2, implementation)
     yield ops.unpermute, (leaf(12, 7), leaf(5, 2), *padded, 2, implementation)
     yield ops.unpermute, (leaf(10, 7), leaf(5, 2), *tables, 2, implementation)
-    yield ops.grouped_matmul, (leaf(10, 7), leaf(3, 8, 7), r.expert_offsets, leaf(3, 8), False, False, implementation)
+    yield (
+        ops.grouped_matmul,
+        (leaf(10, 7), leaf(3, 8, 7), r.expert_offsets, leaf(3, 8), False, False, False, implementation),
+    )
 
 
 def test_opcheck(implementation, device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesaic import Routing, grouped_matmul, hardware
+from moesaic import Routing, Unsupported, grouped_matmul, hardware
 from moesaic.activations import ACTIVATIONS, apply
 from moesaic.problem import Problem
 from moesaic.testing import assert_close
@@ -77,6 +77,25 @@ def test_gathered_product_with_activation(activation, interleaved, tile, device)
     want = grouped_matmul(rows, w.double(), routing, implementation="reference")
     assert_close(hidden, want, H, name="hidden")
     assert_close(out, apply(act, want, interleaved), H, name="activations")
+
+
+@pytest.mark.parametrize(("arch", "dtype", "tuned"), [
+    ("sm_80", torch.bfloat16, False), ("sm_90", torch.float32, False), ("gfx942", torch.float16, False),
+    ("sm_90", torch.bfloat16, True),
+])  # fmt: skip
+def test_batch_invariant_tiles(arch, dtype, tuned):
+    """One configuration for every batch, except where all of them give the same bits."""
+    chosen = {products._gemm_config(arch, dtype, True, R, 8, 512, 256, False) for R in (1, 64, 300, 1000, 100000)}
+    assert (len(chosen) > 1) == tuned
+    assert len({products._gemm_config(arch, dtype, False, R, 8, 512, 256, False) for R in (1, 100000)}) == 2
+
+
+def test_batch_invariance_is_refused_where_unknown(device):
+    rows, w = torch.randn(4, 8, device=device), torch.randn(2, 8, 8, device=device)
+    routing = Routing.from_topk(None, torch.tensor([[0], [1], [1], [0]], device=device), 2)
+    for implementation in ("torch", "reference"):
+        with pytest.raises(Unsupported, match="depends on the batch"):
+            grouped_matmul(rows, w, routing, batch_invariant=True, implementation=implementation)
 
 
 # ---------------------------------------------------------------- the persistent kernel

@@ -39,6 +39,7 @@ def fused_experts(
     layout: str = "concatenated",
     transposed: bool = False,
     allow_tf32: bool = False,
+    batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
     """Run every token through its experts: `y[t] = sum_k w[t,k] · down_e(act(gate_up_e(x[t])))`, e = topk_ids[t,k].
@@ -58,6 +59,8 @@ def fused_experts(
         layout: `"concatenated"` [gate | up] halves, or `"interleaved"` g0 u0 g1 u1 ... (gpt-oss).
         transposed: both weights are stored input-major.
         allow_tf32: let fp32 products round to TF32 on a GPU; IEEE otherwise.
+        batch_invariant: promise that a token's output has the same bits whatever else is in the batch, or raise. With
+            Triton only. It fixes the tiles, but for half precision on sm_90, where all tiles give the same bits.
         implementation: force one of `fused_experts.implementations`; by default the first that can run.
 
     Returns:
@@ -88,7 +91,7 @@ def fused_experts(
     call = _forward if not save and eager(tensors) else torch.ops.moesaic.fused_experts
     y, _ = call(
         *tensors, routing.row_order, routing.row_index, routing.expert_offsets, act.name, act.alpha, act.limit,
-        layout == "interleaved", transposed, allow_tf32, save, forced(implementation),
+        layout == "interleaved", transposed, allow_tf32, batch_invariant, save, forced(implementation),
     )  # fmt: skip
     return y
 
@@ -161,16 +164,19 @@ _ARGS = (
     "Tensor x, Tensor w_gate_up, Tensor w_down, Tensor? weights, Tensor? b_gate_up, Tensor? b_down, "
     "Tensor row_order, Tensor row_index, Tensor expert_offsets, "
 )
-_OPTIONS = "str activation, float alpha, float limit, bool interleaved, bool transposed, bool allow_tf32, "
+_OPTIONS = (
+    "str activation, float alpha, float limit, bool interleaved, bool transposed, bool allow_tf32, "
+    "bool batch_invariant, "
+)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(device, dtype, T, R, E, H, I, bias, activation, alpha, limit, interleaved, transposed, allow_tf32, training,
-          implementation):  # fmt: skip
+def _plan(device, dtype, T, R, E, H, I, bias, activation, alpha, limit, interleaved, transposed, allow_tf32,
+          batch_invariant, training, implementation):  # fmt: skip
     """Implementation, problem and activation of a call, cached on plain values: making them outweighs a launch."""
     problem = Problem(
         "fused_experts", device.type, arch_of(device), dtype, T, R // T if T else 1, E, H, I, activation, interleaved,
-        transposed, bias, training, allow_tf32,
+        transposed, bias, training, allow_tf32, batch_invariant,
     )  # fmt: skip
     return OP.select(problem, implementation), problem, resolve(activation).with_constants(alpha, limit)
 
@@ -192,7 +198,7 @@ def _call(x, *rest):
 
 
 def _fake(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):
-    transposed, save = rest[4], rest[6]
+    transposed, save = rest[4], rest[7]
     width = w_gate_up.shape[2 if transposed else 1]
     return x.new_empty(x.shape), x.new_empty((row_order.shape[0], width) if save else (0,))
 
@@ -227,7 +233,7 @@ define(
 
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(output[1], *inputs[:9])
-    ctx.options, ctx.implementation = inputs[9:15], inputs[16]
+    ctx.options, ctx.implementation = inputs[9:16], inputs[17]
     ctx.mark_non_differentiable(output[1])
 
 
@@ -237,7 +243,7 @@ def _autograd(ctx, grad, _):
     grads = torch.ops.moesaic.fused_experts_backward(
         grad.contiguous(), hidden, *tensors, *ctx.options, needs, ctx.implementation
     )
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *([None] * 11))
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *([None] * 12))
 
 
 differentiable("fused_experts", _autograd, _setup)

@@ -9,7 +9,7 @@ from ...activations import apply
 
 
 def why_not(problem) -> str | None:
-    return None
+    return "the order of its sums depends on the batch" if problem.batch_invariant else None
 
 
 def _layer(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, expert_offsets, act, problem):

@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 17
 
 
 def why_not(problem) -> str | None:
-    return None
+    return "the order of its sums depends on the batch" if problem.batch_invariant else None
 
 
 def _chunks(expert_offsets: Tensor, width: int) -> Iterator[tuple[slice, list[int], list[int]]]:

@@ -27,6 +27,7 @@ def grouped_matmul(
     bias: Tensor | None = None,
     transposed: bool = False,
     allow_tf32: bool = False,
+    batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
     """Multiply each row by its expert's matrix: `out[r] = rows[r] @ w[expert(r)].T (+ bias[expert(r)])`.
@@ -38,6 +39,7 @@ def grouped_matmul(
         bias: `(E, N)`, added in fp32.
         transposed: the weight is stored input-major.
         allow_tf32: let fp32 products round to TF32 on a GPU; IEEE otherwise.
+        batch_invariant: as in `fused_experts`.
         implementation: force one of `grouped_matmul.implementations`; by default the first that can run.
 
     Returns:
@@ -62,7 +64,7 @@ def grouped_matmul(
     if bias is not None:
         check_shape(who, "bias", bias, (E, N))
     return torch.ops.moesaic.grouped_matmul(
-        rows, w, routing.expert_offsets, bias, transposed, allow_tf32, forced(implementation)
+        rows, w, routing.expert_offsets, bias, transposed, allow_tf32, batch_invariant, forced(implementation)
     )
 
 
@@ -70,17 +72,18 @@ grouped_matmul.implementations = OP.implementations  # type: ignore[attr-defined
 
 
 # ---------------------------------------------------------------- private operators
-def _select(rows: Tensor, w: Tensor, bias: Tensor | None, transposed: bool, allow_tf32: bool, implementation: str):
+def _select(rows: Tensor, w: Tensor, bias: Tensor | None, transposed: bool, allow_tf32: bool, batch_invariant: bool,
+            implementation: str):  # fmt: skip
     E, N, K = (w.shape[0], w.shape[2], w.shape[1]) if transposed else w.shape
     problem = Problem(
         "grouped_matmul", rows.device.type, arch_of(rows.device), rows.dtype, rows.shape[0], 1, E, K, N,
-        transposed=transposed, bias=bias is not None, allow_tf32=allow_tf32,
+        transposed=transposed, bias=bias is not None, allow_tf32=allow_tf32, batch_invariant=batch_invariant,
     )  # fmt: skip
     return OP.select(problem, implementation), problem
 
 
-def _call(rows, w, expert_offsets, bias, transposed, allow_tf32, implementation):
-    module, problem = _select(rows, w, bias, transposed, allow_tf32, implementation)
+def _call(rows, w, expert_offsets, bias, *rest):
+    module, problem = _select(rows, w, bias, *rest)
     return module.grouped_matmul(rows, w, expert_offsets, bias, problem)
 
 
@@ -88,24 +91,25 @@ def _fake(rows, w, expert_offsets, bias, transposed, *_):
     return rows.new_empty(rows.shape[0], w.shape[2] if transposed else w.shape[1])
 
 
-def _call_backward(grad, rows, w, expert_offsets, bias, transposed, allow_tf32, needs, implementation):
-    module, problem = _select(rows, w, bias, transposed, allow_tf32, implementation)
+def _call_backward(grad, rows, w, expert_offsets, bias, *rest):
+    *options, needs, implementation = rest
+    module, problem = _select(rows, w, bias, *options, implementation)
     return module.grouped_matmul_backward(grad, rows, w, expert_offsets, bias, problem, needs)
 
 
-def _fake_backward(grad, rows, w, expert_offsets, bias, transposed, allow_tf32, needs, _):
+def _fake_backward(grad, rows, w, expert_offsets, bias, *rest):
+    needs = rest[-2]
     shapes = (rows.shape, w.shape, (0,) if bias is None else bias.shape)
     return tuple(rows.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True))
 
 
+_ARGS = (
+    "Tensor rows, Tensor w, Tensor expert_offsets, Tensor? bias, bool transposed, bool allow_tf32, "
+    "bool batch_invariant, "
+)
+define(f"grouped_matmul({_ARGS}str implementation) -> Tensor", _call, _fake)
 define(
-    "grouped_matmul(Tensor rows, Tensor w, Tensor expert_offsets, Tensor? bias, bool transposed, bool allow_tf32, "
-    "str implementation) -> Tensor",
-    _call, _fake,
-)  # fmt: skip
-define(
-    "grouped_matmul_backward(Tensor grad, Tensor rows, Tensor w, Tensor expert_offsets, Tensor? bias, bool transposed, "
-    "bool allow_tf32, bool[] needs, str implementation) -> (Tensor, Tensor, Tensor)",
+    f"grouped_matmul_backward(Tensor grad, {_ARGS}bool[] needs, str implementation) -> (Tensor, Tensor, Tensor)",
     _call_backward, _fake_backward,
 )  # fmt: skip
 
@@ -118,12 +122,12 @@ def _setup(ctx, inputs, output):
 def _autograd(ctx, grad):
     rows, w, offsets, bias = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    transposed, allow_tf32, implementation = ctx.rest
+    *options, implementation = ctx.rest
     grads = torch.ops.moesaic.grouped_matmul_backward(
-        grad.contiguous(), rows, w, offsets, bias, transposed, allow_tf32, needs, implementation
+        grad.contiguous(), rows, w, offsets, bias, *options, needs, implementation
     )
     drows, dw, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return drows, dw, None, dbias, None, None, None
+    return drows, dw, None, dbias, None, None, None, None
 
 
 differentiable("grouped_matmul", _autograd, _setup)
