@@ -250,8 +250,8 @@ def test_opcheck_of_backward_operators(needed, implementation, device):
     options = ("swiglu", act.alpha, act.limit, False, False, False, False, [needed] * 6)
     calls = {
         ops.fused_experts_backward: (torch.randn_like(inputs.x), hidden, *plain, *tables, *options),
-        ops.grouped_matmul_backward: (hidden, rows, inputs.w_gate_up, r.expert_offsets, inputs.b_gate_up, False, False, False,
-                                      [needed] * 3),
+        ops.grouped_matmul_backward: (hidden, rows, inputs.w_gate_up, r.expert_offsets, inputs.b_gate_up,
+                                      *[False] * 3, [needed] * 3),
         ops.unpermute_backward: (inputs.x, rows, r.topk_weights, *tables, 2),
         ops.route_backward: (torch.randn(6, 2, device=device), torch.randn(2, 5, device=device),
                              torch.randn(2, device=device), torch.randn(6, 5, device=device), r.topk_ids,

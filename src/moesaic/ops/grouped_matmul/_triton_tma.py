@@ -17,6 +17,13 @@ from ._tiles import TileTable, decode, epilogue
 
 
 @triton.jit
+def load_rows(desc, row, end, column):
+    """Rows and columns of a tile, zeros from row `end` on; see `store_rows`."""
+    block = desc.load([1073741824, end, 1073741824 + row - end, column])
+    return tl.reshape(block, (desc.block_shape[2], desc.block_shape[3]))
+
+
+@triton.jit
 def store_rows(desc, row, end, column, values):
     """Store the rows of a tile that stand before `end`.
 
@@ -42,7 +49,7 @@ def _persistent_gemm_kernel(
     tiles_ptr, used_ptr, x_ptr, gather_ptr, bias_ptr, x_desc, w_desc, out_desc, hidden_desc, up_desc, stride_xm,
     N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2."""
@@ -57,9 +64,10 @@ def _persistent_gemm_kernel(
         # locate tile
         row, expert, height, tile_n = decode(tl.load(tiles_ptr + t))
 
-        # pointers: rows behind the tile's last are read as its last, and not stored
+        # pointers; rows behind the tile's last are zeros, which cost neither traffic nor much power
         if GATHER > 0:
-            slot = tl.load(gather_ptr + row + tl.minimum(offs_m, height - 1))
+            live = offs_m < height
+            slot = tl.load(gather_ptr + row + offs_m, mask=live, other=0)
             x_ptrs = x_ptr + (slot // GATHER).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
 
         # main loop
@@ -67,9 +75,11 @@ def _persistent_gemm_kernel(
         for k in range(0, K, BLOCK_K):
             if GATHER > 0:
                 if K % BLOCK_K == 0:
-                    x = tl.load(x_ptrs + k)
+                    x = tl.load(x_ptrs + k, mask=live[:, None], other=0.0)
                 else:
-                    x = tl.load(x_ptrs + k, mask=offs_k[None, :] < K - k, other=0.0)
+                    x = tl.load(x_ptrs + k, mask=live[:, None] & (offs_k[None, :] < K - k), other=0.0)
+            elif RAGGED:
+                x = load_rows(x_desc, row, row + height, k)
             else:
                 x = x_desc.load([row, k])
             if TRANSPOSED:
@@ -129,6 +139,9 @@ def _zero_tail_kernel(out_ptr, offsets_ptr, R, N: tl.constexpr, E: tl.constexpr,
 
 
 # ---------------------------------------------------------------- launches
+RAG = True
+
+
 def why_not(x: Tensor, w: Tensor, N: int, K: int) -> str | None:
     """Tensor maps want 16-byte strides, and unit ones last."""
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -165,7 +178,7 @@ def _persistent_launch(
 ) -> Launch:  # fmt: skip
     act = epilogue(activation, interleaved)
     constants = (
-        N, K, top_k, transposed, *act, has_bias, save_hidden, c.block_m, c.block_n, c.block_k, programs,
+        N, K, top_k, transposed, *act, has_bias, save_hidden, RAG, c.block_m, c.block_n, c.block_k, programs,
     )  # fmt: skip
     return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages)
 
@@ -185,7 +198,11 @@ def gemm(
         x.dtype, programs, N, K, top_k, transposed, activation, interleaved, bias is not None, hidden is not None,
         x.stride(0), c,
     )  # fmt: skip
-    x_map = None if gather is not None else descriptor(x, x.shape, x.stride(), [m, c.block_k])
+    x_map = (
+        None
+        if gather is not None
+        else (_row_map(x, m, c.block_k) if RAG else descriptor(x, x.shape, x.stride(), [m, c.block_k]))
+    )
     w_map = _weight_map(w, transposed, joined, N, K, c)
     out_map = _row_map(out, m, out_n if gated else out_n // 2)
     hidden_map = up_map = None
