@@ -22,10 +22,6 @@ def __getattr__(name: str) -> ModuleType:
         return importlib.import_module("triton")
     if name == "tl":
         return importlib.import_module("triton.language")
-    if name == "gluon":
-        return importlib.import_module("triton.experimental.gluon")
-    if name == "gl":
-        return importlib.import_module("triton.experimental.gluon.language")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -73,15 +69,6 @@ def triton_why_not(device: str, arch: str) -> str | None:
         if capability < MIN_COMPUTE_CAPABILITY:
             return f"needs compute capability {'.'.join(map(str, MIN_COMPUTE_CAPABILITY))} or newer, got {arch}"
     return None
-
-
-@functools.cache
-def gluon_why_not() -> str | None:
-    """Why Gluon kernels cannot run here, or None; whether a GPU is the right one is for those to say who ask."""
-    if interpreting():
-        return "Gluon has no interpreter"
-    version = importlib.import_module("triton").__version__
-    return None if version.startswith("3.6.") else f"needs Triton 3.6, whose Gluon it was tested with, got {version}"
 
 
 @functools.cache

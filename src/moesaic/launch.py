@@ -32,15 +32,8 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def descriptor(t: Tensor, shape: Any, strides: Any, box: list[int], layout: Any = None) -> Any:
-    """A tensor map over memory that starts at t: `shape` and `strides` in elements, `box` what one access moves.
-
-    Gluon, unlike Triton, must be told the box's layout in shared memory.
-    """
-    if layout is not None:
-        return importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor(
-            t, list(shape), list(strides), box, layout
-        )
+def descriptor(t: Tensor, shape: Any, strides: Any, box: list[int]) -> Any:
+    """A tensor map over memory that starts at t: `shape` and `strides` in elements, `box` what one access moves."""
     return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor(t, shape, strides, box)
 
 

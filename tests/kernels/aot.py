@@ -131,7 +131,7 @@ def persistent(arch: str, case, *, up: bool, training: bool = False, dgrad: bool
     types["out_desc"] = tensor_map(1, 1, m, n // 2)
     constants = {
         "N": N, "K": K, "GATHER": case.top_k if up or dgrad else 0, "TRANSPOSED": transposed, "HAS_BIAS": case.bias,
-        "SAVE_HIDDEN": training and up, "RAGGED": True, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PROGRAMS": 132,
+        "SAVE_HIDDEN": training and up, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PROGRAMS": 132,
     }  # fmt: skip
     epilogue = products.epilogue(act and (act.name, act.alpha, act.limit), interleaved)
     constants |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "ALPHA", "LIMIT"), epilogue, strict=True))

@@ -9,14 +9,13 @@ tiles lie is known on the device only, so grids are upper bounds and surplus slo
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...hardware import gluon_why_not, tl, triton
+from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from . import _triton_tma
 from ._tiles import TileTable, epilogue
@@ -31,8 +30,7 @@ SMALL_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory
 class Config:
     """Tiles of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile.
 
-    `kernel` is `"plain"`, `"persistent"` (`_triton_tma`) or `"gluon"`; the latter two take 16-byte strides only, and
-    other operands go to the one before.
+    `persistent` asks for `_triton_tma`'s kernel, which takes 16-byte strides only; other operands go the common way.
     """
 
     block_m: int
@@ -41,7 +39,7 @@ class Config:
     num_warps: int
     num_stages: int
     group_m: int = 16
-    kernel: str = "plain"
+    persistent: bool = False
 
 
 def why_not(problem) -> str | None:
@@ -68,7 +66,7 @@ def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K
             return Config(16, 128, 128, 4, 4)
         if rows <= 40:
             return Config(64, 128, 64, 4, 4)
-        return Config(128, 256, 64, 8, 4, kernel="persistent" if arch == "sm_90" else "plain")
+        return Config(128, 256, 64, 8, 4, persistent=arch == "sm_90")
     stages = 3 if arch in SMALL_MEMORY else 4
     if rows <= 16:
         return Config(16, 64, 128, 4, stages)
@@ -319,17 +317,6 @@ def same_bits(arch: str, dtype: torch.dtype) -> bool:
     return arch == "sm_90" and dtype != torch.float32
 
 
-def _persistent(x: Tensor, w: Tensor, transposed: bool, joined: bool, gathered: bool, N: int, K: int, kernel: str):
-    """The module of the persistent kernel that can run this, or None."""
-    if kernel == "plain" or _triton_tma.why_not(x, w, N, K):
-        return None
-    if kernel == "gluon" and gluon_why_not() is None:
-        module = importlib.import_module(f"{__package__}._gluon")
-        if module.why_not(transposed, joined, gathered, K) is None:
-            return module
-    return _triton_tma
-
-
 def gemm(
     x: Tensor, w: Tensor, transposed: bool, tiles: TileTable, problem, *, N: int, K: int,
     gather: Tensor | None = None, top_k: int = 0, bias: Tensor | None = None, activation=None,
@@ -344,9 +331,8 @@ def gemm(
     act = None if activation is None else (activation.name, activation.alpha, activation.limit)
     top_k = top_k if gather is not None else 0
     c = config or _gemm_config(problem.arch, x.dtype, problem.batch_invariant, rows, E, N, K, gated)
-    kernel = _persistent(x, w, transposed, gated and not problem.interleaved, gather is not None, N, K, c.kernel)
-    if kernel is not None:
-        kernel.gemm(x, w, transposed, tiles, out, K, gather, top_k, bias, act, problem.interleaved, hidden, c)
+    if c.persistent and _triton_tma.why_not(x, w, N, K) is None:
+        _triton_tma.gemm(x, w, transposed, tiles, out, K, gather, top_k, bias, act, problem.interleaved, hidden, c)
         if zero_tail:
             _triton_tma.zero_tail(out, tiles.offsets)
         return out

@@ -49,7 +49,7 @@ def _persistent_gemm_kernel(
     tiles_ptr, used_ptr, x_ptr, gather_ptr, bias_ptr, x_desc, w_desc, out_desc, hidden_desc, up_desc, stride_xm,
     N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2."""
@@ -78,10 +78,8 @@ def _persistent_gemm_kernel(
                     x = tl.load(x_ptrs + k, mask=live[:, None], other=0.0)
                 else:
                     x = tl.load(x_ptrs + k, mask=live[:, None] & (offs_k[None, :] < K - k), other=0.0)
-            elif RAGGED:
-                x = load_rows(x_desc, row, row + height, k)
             else:
-                x = x_desc.load([row, k])
+                x = load_rows(x_desc, row, row + height, k)
             if TRANSPOSED:
                 if JOINED:
                     w = tl.reshape(w_desc.load([expert, k, 0, tile_n * OUT_N]), (BLOCK_K, BLOCK_N))
@@ -139,9 +137,6 @@ def _zero_tail_kernel(out_ptr, offsets_ptr, R, N: tl.constexpr, E: tl.constexpr,
 
 
 # ---------------------------------------------------------------- launches
-RAG = True
-
-
 def why_not(x: Tensor, w: Tensor, N: int, K: int) -> str | None:
     """Tensor maps want 16-byte strides, and unit ones last."""
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -178,7 +173,7 @@ def _persistent_launch(
 ) -> Launch:  # fmt: skip
     act = epilogue(activation, interleaved)
     constants = (
-        N, K, top_k, transposed, *act, has_bias, save_hidden, RAG, c.block_m, c.block_n, c.block_k, programs,
+        N, K, top_k, transposed, *act, has_bias, save_hidden, c.block_m, c.block_n, c.block_k, programs,
     )  # fmt: skip
     return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages)
 
@@ -198,11 +193,7 @@ def gemm(
         x.dtype, programs, N, K, top_k, transposed, activation, interleaved, bias is not None, hidden is not None,
         x.stride(0), c,
     )  # fmt: skip
-    x_map = (
-        None
-        if gather is not None
-        else (_row_map(x, m, c.block_k) if RAG else descriptor(x, x.shape, x.stride(), [m, c.block_k]))
-    )
+    x_map = None if gather is not None else _row_map(x, m, c.block_k)
     w_map = _weight_map(w, transposed, joined, N, K, c)
     out_map = _row_map(out, m, out_n if gated else out_n // 2)
     hidden_map = up_map = None
