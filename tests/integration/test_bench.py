@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +75,40 @@ def test_a_long_call_is_timed_once_and_its_batches_rotate(protocol):
     for turn in range(3):
         seconds, log = timed_once(protocol, 0.3, turn=turn)
         assert seconds == pytest.approx(0.3) and log[log.index("start") :] == ["start", turn, "end"]
+
+
+@pytest.mark.parametrize("clocks", timing.PROTOCOLS)
+def test_every_round_samples_every_candidate_under_the_protocol(monkeypatch, clocks):
+    """`a` is captured, all its 2 batches in one replay; `b` cannot be, and runs them one by one."""
+    gpu, order = FakeGpu(0.0), []
+    monkeypatch.setattr(timing, "Gpu", lambda device: gpu)
+
+    def call(i, name):
+        order.append((name, i))
+        gpu.now += 1e-3
+
+    def capture(call, batches, device):
+        return (
+            SimpleNamespace(replay=lambda: [call(i) for i in range(batches)]) if call.keywords["name"] == "a" else None
+        )
+
+    monkeypatch.setattr(timing, "_capture", capture)
+    calls = {name: functools.partial(call, name=name) for name in "abc"}
+    samples = timing.interleave(
+        calls, 2, torch.device("cuda"), seconds=0.0, min_rounds=4, graphs=frozenset("ab"), clocks=clocks
+    )
+    assert {n: s.mode for n, s in samples.items()} == {"a": "graph", "b": "event", "c": "event"}
+    assert all(s.seconds == pytest.approx([1e-3] * 4) for s in samples.values())
+    assert gpu.log.count("flush") == gpu.log.count(("idle", 5e-3)) == (12 if clocks == "burst" else 0)
+    turns = [name for name, _ in itertools.groupby(order[3 * 2 + 3 + 3 :], key=lambda one: one[0])]  # behind the pilots
+    want = [*"cba", *"acb", *"bac", *"abc"]
+    assert turns == [name for name, _ in itertools.groupby(want)]
+
+
+def test_protocols_come_in_their_own_order_and_a_cpu_has_none():
+    assert Plan(("olmoe",), device="cuda", clocks=("sustained", "burst")).protocols == ("burst", "sustained")
+    assert Plan(("olmoe",), device="cuda:0", clocks=("sustained",)).protocols == ("sustained",)
+    assert Plan(("olmoe",)).protocols == ("call",)
 
 
 # ---------------------------------------------------------------- launches

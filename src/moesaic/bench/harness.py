@@ -40,8 +40,10 @@ class Plan:
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """How every candidate is timed, one after the other: `clocks` on a GPU."""
-        return self.clocks if torch.device(self.device).type == "cuda" else ("call",)
+        """How every candidate is timed, in this order: on a GPU those of `PROTOCOLS` that `clocks` names."""
+        if torch.device(self.device).type != "cuda":
+            return ("call",)
+        return tuple(name for name in PROTOCOLS if name in self.clocks)
 
     def check(self) -> None:
         """Raise `ValueError` for a name or a number that means nothing."""
@@ -198,7 +200,7 @@ def _cell(plan: Plan, peak: roofline.Roofline, layer: Layer, shape: str, dtype: 
         errors[peer.name] = error_report(y[picked], oracle).norm if peer.comparable else None
     graphs = frozenset(p.name for p in candidates if p.graph and tokens <= GRAPH_TOKENS and not plan.train)
     seconds = plan.seconds / len(plan.protocols)
-    # one protocol after the other: a sustained window would leave its clocks to the burst that follows
+    # all bursts come first: a sustained window would leave its clocks to the burst behind it
     figures = [
         _figures(plan, peak, layer, batches, clocks, interleave(
             calls, len(batches), layer.device, seconds, plan.min_rounds, graphs=graphs, clocks=clocks,
