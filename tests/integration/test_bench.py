@@ -22,7 +22,7 @@ from moesaic.bench.layer import Layer, case_named
 from moesaic.problem import Problem
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
+CPU, CPU_WORK = torch.device("cpu"), timing.ProfilerActivity.CPU
 
 
 # ---------------------------------------------------------------- protocols
@@ -118,6 +118,18 @@ def test_launches_are_what_ran_on_the_gpu():
         for d, u in ((DeviceType.CUDA, False), (DeviceType.CPU, False), (DeviceType.CUDA, True))
     )
     assert timing.device_work([runtime, kernel, span, kernel]) == 2
+
+
+@pytest.mark.parametrize("counted, want", [("aten::mul", 2), ("nothing", None)])
+def test_launches_are_those_of_the_second_of_two_calls(monkeypatch, counted, want):
+    """The profiler itself, watching a CPU."""
+    x, done = torch.ones(3), []
+    watch = timing.profile
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "profile", lambda activities, schedule: watch(activities=[CPU_WORK], schedule=schedule))
+    monkeypatch.setattr(timing, "device_work", lambda events: sum(e.name == counted for e in events))
+    assert timing.launches(lambda i: done.append(x.mul(2).mul(3)), torch.device("cuda")) == want
+    assert len(done) == 2
 
 
 def test_nothing_is_launched_or_run_to_count_on_a_cpu():

@@ -205,7 +205,7 @@ def launches(call: Call, device: torch.device) -> int | None:
             call(0)
             torch.cuda.synchronize(device)
             seen.step()
-    return device_work(seen.events()) or None
+    return device_work(seen.events() or ()) or None
 
 
 def device_work(events: Iterable[Any]) -> int:
