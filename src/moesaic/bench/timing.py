@@ -5,7 +5,7 @@ candidates in it. On a GPU, calls with few tokens are captured in a CUDA graph (
 the time is the device's; larger calls are enqueued one by one.
 
 A GPU is timed under two protocols, because one that is held to a power limit ranks kernels differently cold and hot
-(H200 at 700 W: 1.98 GHz cold, 1.40 to 1.55 GHz under load). *Burst* is about a millisecond after idling: full clocks.
+(H200 capped at 700 W: 1.98 GHz cold, 1.40 to 1.55 GHz under load). *Burst* is a millisecond after idling.
 *Sustained* lets the candidate itself settle the clocks before it is timed. Short windows back to back are neither:
 there a candidate runs at the clocks that its neighbour left, which put one kernel 24 % ahead where it was 2 %.
 """
