@@ -108,6 +108,7 @@ def test_colour_is_for_terminals_and_can_be_declined():
         (("bench", "--tokens", "many"), "whole numbers"),
         (("bench", "--tokens", "0"), "at least 1"),
         (("bench", "--distribution", "odd"), "must be one of uniform"),
+        (("bench", "--clocks", "warm"), "must be some of burst, sustained"),
         (("demo", "--checkpoint", "/nonexistent"), "train_tiny_lm.py"),
         (("demo", "--checkpoint", "examples/tiny_lm", "--shapes", "nonesuch"), "must be one of mixtral-8x7b"),
         (("env", "--device", "quantum"), "must be cpu, cuda"),
@@ -211,6 +212,8 @@ def test_bench_writes_a_record_that_says_everything(tmp_path):
     assert {(d, t, n) for d in ("bf16", "fp32") for t in (1, 6) for n in names} <= cells
     for row in record["rows"]:
         assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"] and row["rounds"] >= 5
+        assert row["clocks"] == "call" and row["sustained"] is row["launches"] is row["padding"] is None
+        assert (row["dense"] is None) == (row["peer"] == "dense_bmm")
         if row["peer"] != "dense_bmm":  # it computes something else
             assert row["error"] < (1e-2 if row["dtype"] == "bf16" else 1e-6)
     (line,) = (s for s in record["summary"] if s["peer"] == "torch_loop")
@@ -223,6 +226,13 @@ def test_bench_trains_and_prints_plain_text():
     done = moesaic("bench", *TINY, "--train", "--peers", "torch_grouped_mm")
     assert done.returncode == 0, done.stderr
     assert ESCAPE not in done.stdout and "forward and backward" in done.stdout and "torch_grouped_mm" in done.stdout
+
+
+def test_bench_says_what_a_cpu_and_a_missing_bound_leave_out():
+    done = moesaic("bench", *TINY, "--peers", "torch_loop", "--clocks", "both")
+    assert done.returncode == 0, done.stderr
+    assert "--clocks is for GPUs" in done.stdout and "where --peers names dense_bmm" in done.stdout
+    assert "dense_bmm" not in moesaic("bench", *TINY, "--peers", "torch_loop", "--train").stdout
 
 
 def test_bench_fails_when_ours_cannot_run():

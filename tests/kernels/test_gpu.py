@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moesaic import Routing, fused_experts, grouped_matmul, permute, route, unpermute
+from moesaic.bench import timing
 from moesaic.cases import CASES
 from moesaic.testing import STAGES, assert_close, make_inputs
 
@@ -134,3 +135,22 @@ def test_host_time():
                 fused_experts(**args, implementation="triton")
             best = min(best, (time.perf_counter() - start) / 20)
     assert best < 60e-6, f"{best * 1e6:.1f} µs"
+
+
+@pytest.mark.parametrize("clocks", timing.PROTOCOLS)
+@pytest.mark.parametrize("graphs", [frozenset(), frozenset({"both"})], ids=["event", "graph"])
+def test_bench_times_a_call_under_each_protocol(clocks, graphs):
+    """Pauses and the untimed half are in no sample: 32 MiB read and written twice take far less than a millisecond."""
+    x = torch.zeros(8 << 20, device="cuda")
+    sample = timing.interleave(
+        {"both": lambda i: x.add_(1).mul_(0.5)}, 2, x.device, 0.0, 3, graphs=graphs, clocks=clocks
+    )["both"]
+    assert sample.mode == ("graph" if graphs else "event") and len(sample.seconds) == 3
+    assert all(1e-6 < s < 1e-3 for s in sample.seconds)
+
+
+def test_launches_are_counted_also_behind_a_pause():
+    x = torch.zeros(1 << 20, device="cuda")
+    for _ in range(3):
+        assert timing.launches(lambda i: x.add_(1).mul_(2), x.device) == 2
+        time.sleep(0.2)

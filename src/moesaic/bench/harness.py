@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,13 +13,17 @@ from ..cases import DISTRIBUTIONS
 from ..testing import error_report
 from . import roofline
 from .layer import DTYPES, Batch, Layer, case_named, memory_why_not
-from .peers import PEERS, Peer, explanation, foreign_errors, peer_named
-from .timing import GRAPH_TOKENS, Sample, host_seconds, interleave
+from .peers import DENSE, PEERS, Peer, explanation, foreign_errors, padding, peer_named
+from .timing import GRAPH_TOKENS, PROTOCOLS, Sample, host_seconds, interleave, launches
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Every list keeps its order."""
+    """What to measure. Every list keeps its order.
+
+    `seconds` is for one candidate in one cell, shared by the protocols in `clocks`; `min_rounds` is for each of them.
+    `clocks` means nothing on a CPU.
+    """
 
     shapes: tuple[str, ...]
     tokens: tuple[int, ...] = (1, 64, 512)
@@ -31,7 +35,15 @@ class Plan:
     seconds: float = 2.0
     min_rounds: int = 5
     ours: tuple[str, ...] = ("moesaic",)
+    clocks: tuple[str, ...] = tuple(PROTOCOLS)
     seed: int = 0
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """How every candidate is timed, in this order: on a GPU those of `PROTOCOLS` that `clocks` names."""
+        if torch.device(self.device).type != "cuda":
+            return ("call",)
+        return tuple(name for name in PROTOCOLS if name in self.clocks)
 
     def check(self) -> None:
         """Raise `ValueError` for a name or a number that means nothing."""
@@ -44,22 +56,56 @@ class Plan:
         if self.distribution not in DISTRIBUTIONS:
             names = ", ".join(DISTRIBUTIONS)
             raise ValueError(f"distribution: must be one of {names}, got {self.distribution!r}.")
+        if not self.clocks or (unknown := [c for c in self.clocks if c not in PROTOCOLS]):
+            names, got = ", ".join(PROTOCOLS), unknown[0] if self.clocks else "none"
+            raise ValueError(f"clocks: must be some of {names}, got {got!r}.")
         if min(self.tokens, default=0) < 1:
             raise ValueError(f"tokens: each must be at least 1, got {', '.join(map(str, self.tokens)) or 'none'}.")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One candidate in one cell. `why_not` holds the reason where it did not run; figures are then None.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One candidate in one cell under one protocol. None where it did not run, or has no such figure.
 
     Attributes:
+        clocks: the protocol, `burst` or `sustained`; `call` on a CPU.
+        mode: `call`, `graph` or `event`, how it was timed.
         ms, ms_low, ms_high: median and quartiles.
         tflops, gbs: the layer's least operations and least bytes, over the median.
         floor_ms, roofline: the least time by the measured roofline, and its share of the median.
-        error: relative norm error of the output against fp64.
+        dense_ms, dense: the dense bound, and its share of the median: both products as cuBLAS runs them on even groups,
+            under the same protocol in the same rounds, and the weighted sum's bytes at the bandwidth of a copy.
         vs_best_peer: the best peer's time over this one's; above 1 is faster than every peer. Bounds are no peers.
         paired: of ours against each peer, the median over rounds of the ratio within a round.
-        mode: `call`, `graph` or `event`, how it was timed.
+    """
+
+    clocks: str = ""
+    mode: str = ""
+    rounds: int = 0
+    ms: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+    tflops: float | None = None
+    gbs: float | None = None
+    floor_ms: float | None = None
+    roofline: float | None = None
+    dense_ms: float | None = None
+    dense: float | None = None
+    vs_best_peer: float | None = None
+    paired: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Figures):
+    """One candidate in one cell. `why_not` holds the reason where it did not run.
+
+    Its own figures are those of the first protocol, `clocks`.
+
+    Attributes:
+        sustained: the figures of the second protocol, where two were asked for.
+        error: relative norm error of the output against fp64.
+        padding: of ours, rows that tiles compute for nobody over real rows, in the forward pass.
+        launches: on a GPU, how many kernels, copies and fills one call makes it run.
         host_us: on a GPU, the time that the host needs to enqueue a call.
         limits: what the candidate's own tuning was held to.
     """
@@ -70,21 +116,19 @@ class Row:
     peer: str
     ours: bool
     why_not: str | None = None
-    ms: float | None = None
-    ms_low: float | None = None
-    ms_high: float | None = None
-    tflops: float | None = None
-    gbs: float | None = None
-    floor_ms: float | None = None
-    roofline: float | None = None
+    sustained: Figures | None = None
     error: float | None = None
-    vs_best_peer: float | None = None
-    paired: dict[str, float] = field(default_factory=dict)
-    mode: str = ""
-    rounds: int = 0
+    padding: float | None = None
+    launches: int | None = None
     host_us: float | None = None
     implementation: str = ""
     limits: str = ""
+
+    @property
+    def figures(self) -> dict[str, Figures]:
+        """By protocol; empty where it did not run."""
+        both = (self, self.sustained)
+        return {f.clocks: f for f in both if f is not None and f.ms is not None}
 
 
 @dataclass
@@ -155,28 +199,54 @@ def _cell(plan: Plan, peak: roofline.Roofline, layer: Layer, shape: str, dtype: 
         calls[peer.name], y = made
         errors[peer.name] = error_report(y[picked], oracle).norm if peer.comparable else None
     graphs = frozenset(p.name for p in candidates if p.graph and tokens <= GRAPH_TOKENS and not plan.train)
-    samples = interleave(calls, len(batches), layer.device, plan.seconds, plan.min_rounds, graphs=graphs)
-    hit = statistics.mean(len(batch.ids.unique()) for batch in batches)
-    work = roofline.work(layer.case, layer.dtype, tokens, hit, plan.train)
-    floor = peak.seconds(work)
-    rivals = {peer.name for peer in candidates if peer.name in plan.peers and not peer.bound}
-    best = min((s.median for name, s in samples.items() if name in rivals), default=None)
+    seconds = plan.seconds / len(plan.protocols)
+    # all bursts come first: a sustained window would leave its clocks to the burst behind it
+    figures = [
+        _figures(plan, peak, layer, batches, clocks, interleave(
+            calls, len(batches), layer.device, seconds, plan.min_rounds, graphs=graphs, clocks=clocks,
+        ))
+        for clocks in plan.protocols
+    ]  # fmt: skip
     rows = []
     for peer in candidates:
-        row = Row(shape, dtype, tokens, peer.name, peer.ours, reasons.get(peer.name))
-        if sample := samples.get(peer.name):
-            low, high = sample.quartiles
-            row = replace(
-                row, ms=sample.median * 1e3, ms_low=low * 1e3, ms_high=high * 1e3,
-                tflops=work.flops / sample.median / 1e12, gbs=work.bytes / sample.median / 1e9, floor_ms=floor * 1e3,
-                roofline=floor / sample.median, error=errors[peer.name],
-                vs_best_peer=None if best is None else best / sample.median,
-                paired={p: _paired(samples[p], sample) for p in plan.peers if peer.ours and p in samples},
-                mode=sample.mode, rounds=len(sample.seconds), host_us=_host_us(calls[peer.name], batches, layer.device),
-                implementation=_implementation(peer, layer, tokens), limits=peer.limits,
-            )  # fmt: skip
-        rows.append(row)
+        what = {"shape": shape, "dtype": dtype, "tokens": tokens, "peer": peer.name, "ours": peer.ours}
+        if peer.name in reasons:
+            rows.append(Row(**what, why_not=reasons[peer.name]))
+            continue
+        first, *second = (by_name[peer.name] for by_name in figures)
+        call, ours = calls[peer.name], _implementation(peer, layer, tokens)
+        rows.append(Row(
+            **what, **vars(first), sustained=second[0] if second else None, error=errors[peer.name],
+            padding=padding(ours, layer, batches) if ours else None, host_us=_host_us(call, batches, layer.device),
+            launches=launches(call, layer.device), implementation=ours, limits=peer.limits,
+        ))  # fmt: skip
     return rows
+
+
+def _figures(
+    plan: Plan, peak: roofline.Roofline, layer: Layer, batches: list[Batch], clocks: str, samples: dict[str, Sample]
+) -> dict[str, Figures]:
+    """What one protocol's samples say of every candidate that ran."""
+    case, tokens = layer.case, batches[0].x.shape[0]
+    hit = statistics.mean(len(batch.ids.unique()) for batch in batches)
+    work = roofline.work(case, layer.dtype, tokens, hit, plan.train)
+    floor, best, bound = peak.seconds(work), None, None
+    if rivals := [s.median for name, s in samples.items() if name in plan.peers and not peer_named(name).bound]:
+        best = min(rivals)
+    if DENSE in samples:
+        bound = samples[DENSE].median + roofline.combine_bytes(case, layer.dtype, tokens) / peak.bandwidth
+    out = {}
+    for name, sample in samples.items():
+        peer, median, (low, high) = peer_named(name), sample.median, sample.quartiles
+        out[name] = Figures(
+            clocks=clocks, mode=sample.mode, rounds=len(sample.seconds), ms=median * 1e3, ms_low=low * 1e3,
+            ms_high=high * 1e3, tflops=work.flops / median / 1e12, gbs=work.bytes / median / 1e9, floor_ms=floor * 1e3,
+            roofline=floor / median, dense_ms=None if bound is None else bound * 1e3,
+            dense=None if bound is None or peer.bound else bound / median,
+            vs_best_peer=None if best is None else best / median,
+            paired={p: _paired(samples[p], sample) for p in plan.peers if peer.ours and p in samples},
+        )  # fmt: skip
+    return out
 
 
 def _paired(other: Sample, own: Sample) -> float:

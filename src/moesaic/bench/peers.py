@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, apply
 from ..hardware import MIN_COMPUTE_CAPABILITY, arch_of
-from ..op import explain
+from ..op import OPS, explain
 from ..ops.experts import fused_experts
 from ..problem import Problem
 from ..routing import Routing
@@ -101,14 +102,32 @@ def moesaic(implementation: str = "") -> Peer:
     return Peer(name, name, why_not, build, ours=True)
 
 
-def explanation(layer: Layer, tokens: int):
-    """Which implementation of ours runs this layer, and why."""
+def problem_of(layer: Layer, tokens: int) -> Problem:
+    """The call of ours that this layer makes."""
     c = layer.case
-    problem = Problem(
+    return Problem(
         "fused_experts", layer.device.type, arch_of(layer.device), layer.dtype, tokens, c.top_k, c.num_experts,
         c.hidden_size, c.intermediate_size, c.activation, layer.interleaved, c.transposed, c.bias, layer.train,
     )  # fmt: skip
-    return explain("fused_experts", problem)
+
+
+def explanation(layer: Layer, tokens: int):
+    """Which implementation of ours runs this layer, and why."""
+    return explain("fused_experts", problem_of(layer, tokens))
+
+
+def padding(implementation: str, layer: Layer, batches: list[Batch]) -> float | None:
+    """Rows that an implementation of ours computes for nobody over real rows, mean of the batches; None without tiles.
+
+    Of the forward pass, and of its up product where tiles differ.
+    """
+    extra = getattr(OPS["fused_experts"].implementation(implementation), "padding", None)
+    if extra is None:
+        return None
+    loads = [batch.ids_long.flatten().bincount(minlength=layer.case.num_experts).tolist() for batch in batches]
+    return statistics.mean(
+        extra(problem_of(layer, batch.x.shape[0]), n) for batch, n in zip(batches, loads, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- torch
@@ -359,6 +378,8 @@ def _liger(layer: Layer) -> Call:
     return lambda batch: function.apply(batch.x, layer.w_gate_up, layer.w_down, batch.ids, batch.weights)
 
 
+DENSE = "dense_bmm"  # with the weighted sum's bytes behind it, the dense bound
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
@@ -371,7 +392,7 @@ PEERS: dict[str, Peer] = {
         Peer("deepgemm", "DeepGEMM in plain torch", _deepgemm_why_not, _deepgemm),
         Peer("sonic", "SonicMoE", _gpu_swiglu("sonicmoe", trains=True), _sonic, limits=limits.SONIC),
         Peer("liger", "Liger", _gpu_swiglu("liger_kernel", trains=True), _liger, graph=False, limits=limits.LIGER),
-        Peer("dense_bmm", "both products alone, batched", lambda layer: "has no backward" if layer.train else None,
+        Peer(DENSE, "both products alone, batched", lambda layer: "has no backward" if layer.train else None,
              _dense_bmm, comparable=False, bound=True),
     )
 }  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import os
 import platform
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from ..errors import MissingExtra
 from ..hardware import arch_of, cpu_name, sm_count
-from .harness import Result, Row
+from .harness import Figures, Result, Row
 from .peers import found
 
 PACKAGES = ("moesaic", "torch", "triton", "transformers", "numpy", "vllm", "sonic-moe", "quack-kernels", "liger-kernel")
@@ -111,21 +112,21 @@ def record(result: Result, commit_id: str | None = None, note: str = "") -> dict
 def summary(result: Result) -> list[dict[str, Any]]:
     """Each of ours against each peer over all cells they share: geometric mean and lowest ratio; above 1 is faster.
 
-    `ratio` compares medians; `paired` is the median over rounds of the ratio within a round, which noise touches less.
+    A line for each protocol, `clocks`. `ratio` compares medians; `paired` is the median over rounds of the ratio within
+    a round, which noise touches less.
     """
-    cells = {(r.shape, r.dtype, r.tokens, r.peer): r for r in result.measured}
+    cells = {(r.shape, r.dtype, r.tokens, r.peer): r.figures for r in result.measured}
     out = []
-    for ours in result.plan.ours:
-        for peer in result.plan.peers:
-            ratios, paired = {}, {}
-            for (shape, dtype, tokens, name), row in cells.items():
-                other = cells.get((shape, dtype, tokens, peer))
-                if name == ours and other is not None:
-                    where = f"{shape} {dtype} T={tokens}"
-                    ratios[where], paired[where] = (other.ms or 0) / (row.ms or 1), row.paired[peer]
-            if ratios:
-                out.append({"ours": ours, "peer": peer, "cells": len(ratios), "ratio": _low_and_mean(ratios),
-                            "paired": _low_and_mean(paired)})  # fmt: skip
+    for ours, peer, clocks in itertools.product(result.plan.ours, result.plan.peers, result.plan.protocols):
+        ratios, paired = {}, {}
+        for (shape, dtype, tokens, name), figures in cells.items():
+            other = cells.get((shape, dtype, tokens, peer))
+            if name == ours and other is not None:
+                where, own = f"{shape} {dtype} T={tokens}", figures[clocks]
+                ratios[where], paired[where] = (other[clocks].ms or 0) / (own.ms or 1), own.paired[peer]
+        if ratios:
+            out.append({"ours": ours, "peer": peer, "clocks": clocks, "cells": len(ratios),
+                        "ratio": _low_and_mean(ratios), "paired": _low_and_mean(paired)})  # fmt: skip
     return out
 
 
@@ -135,36 +136,68 @@ def _low_and_mean(values: dict[str, float]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- table
-def table(rows: Sequence[Row], title: str, wide: bool = True):
-    """A rich table of measured rows of one shape and dtype; the fastest candidate of each T is bold."""
-    from rich.table import Table
-    from rich.text import Text
+Cell = Callable[[Row], str]
+_HEADS = {"call": "", "burst": "burst", "sustained": "sust."}
 
-    out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    heads = ("T", "candidate", "ms", "roofline", "error", "vs best\npeer", "quartiles", "TFLOP/s", "GB/s")
-    for name in heads if wide else heads[:6]:
-        out.add_column(name, justify="left" if name == "candidate" else "right", no_wrap=True)
-    for tokens in dict.fromkeys(row.tokens for row in rows):
-        cell = [row for row in rows if row.tokens == tokens]
-        fastest = min(row.ms or 0 for row in cell)
-        for i, row in enumerate(cell):
-            name = row.peer + (f" ({row.implementation})" if row.implementation and ":" not in row.peer else "")
-            ratio = Text("–" if row.vs_best_peer is None else f"{row.vs_best_peer:.2f}x", style=ratio_style(row))
-            cells = (
-                "" if i else str(tokens), name, figure(row.ms), f"{row.roofline:.0%}",
-                "–" if row.error is None else f"{row.error:.1e}", ratio,
-                f"{figure(row.ms_low)} to {figure(row.ms_high)}", figure(row.tflops), figure(row.gbs),
-            )  # fmt: skip
-            style = "bold" if row.ms == fastest else ""
-            out.add_row(*cells[: len(out.columns)], end_section=i + 1 == len(cell), style=style)
+
+def table(rows: Sequence[Row], title: str, width: int = 120):
+    """A rich table of measured rows of one shape and dtype; the fastest candidate of each T is bold.
+
+    A column without a value is left out, and as many of the last ones as the width has no room for.
+    """
+    from rich.console import Console
+
+    columns = [(head, cell) for head, cell in _columns(rows[0].figures) if any(cell(row) for row in rows)]
+    measure = Console(width=1000).measure
+    while measure(out := _table(rows, title, columns)).maximum > width and len(columns) > 1:
+        columns.pop()
     return out
 
 
-def ratio_style(row: Row) -> str:
-    """Green where ours is at least as fast as every peer within the noise of 3 %, red where it is not."""
-    if not row.ours or row.vs_best_peer is None:
+def _columns(protocols: Iterable[str]) -> list[tuple[str, Cell]]:
+    """Heads and cells in the order of their importance; a cell is empty where its row has no value."""
+
+    def timed(head: str, cell: Callable[[Row, Figures], str]) -> list[tuple[str, Cell]]:
+        """A column for each protocol."""
+        return [(f"{head}\n{_HEADS[p]}".strip(), lambda row, p=p: cell(row, row.figures[p])) for p in protocols]
+
+    return [
+        *timed("ms", lambda row, f: figure(f.ms)),
+        *timed("vs\nbest", lambda row, f: _ratio(row, f.vs_best_peer)),
+        *timed("dense", lambda row, f: "" if f.dense is None else f"{f.dense:.0%}"),
+        ("roofline", lambda row: f"{row.roofline:.0%}"),
+        ("error", lambda row: "" if row.error is None else f"{row.error:.1e}"),
+        ("padding", lambda row: "" if row.padding is None else f"{row.padding:.0%}"),
+        ("launches", lambda row: "" if row.launches is None else str(row.launches)),
+        ("quartiles", lambda row: f"{figure(row.ms_low)} to {figure(row.ms_high)}"),
+        ("TFLOP/s", lambda row: figure(row.tflops)),
+        ("GB/s", lambda row: figure(row.gbs)),
+    ]
+
+
+def _table(rows: Sequence[Row], title: str, columns: Sequence[tuple[str, Cell]]):
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name in ("T", "candidate", *(head for head, _ in columns)):
+        out.add_column(name, justify="left" if name == "candidate" else "right", no_wrap=True)
+    for tokens in dict.fromkeys(row.tokens for row in rows):
+        group = [row for row in rows if row.tokens == tokens]
+        fastest = min(row.ms or 0 for row in group)
+        for i, row in enumerate(group):
+            name = row.peer + (f" ({row.implementation})" if row.implementation and ":" not in row.peer else "")
+            cells = (cell(row) or "–" for _, cell in columns)
+            style = "bold" if row.ms == fastest else ""
+            out.add_row("" if i else str(tokens), name, *cells, end_section=i + 1 == len(group), style=style)
+    return out
+
+
+def _ratio(row: Row, value: float | None) -> str:
+    """Of ours green where it is at least as fast as every peer within the noise of 3 %, red where it is not."""
+    if value is None:
         return ""
-    return "green" if row.vs_best_peer >= 0.97 else "red"
+    text = f"{value:.2f}x"
+    return text if not row.ours else f"[green]{text}[/]" if value >= 0.97 else f"[red]{text}[/]"
 
 
 def figure(value: float | None) -> str:

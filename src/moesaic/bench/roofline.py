@@ -43,6 +43,11 @@ def work(case: Case, dtype: torch.dtype, tokens: int, experts_hit: float, train:
     return Work(3 * case.flops(tokens), (2 * experts_hit + case.num_experts) * expert + 3 * io)
 
 
+def combine_bytes(case: Case, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the weighted sum behind the products: each token's K rows read, its output written."""
+    return (case.top_k + 1) * tokens * case.hidden_size * dtype.itemsize
+
+
 def measure(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Roofline:
     """Time a copy far larger than the caches, and a square product, each for `seconds`.
 

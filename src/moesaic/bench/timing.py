@@ -2,22 +2,33 @@
 
 Interleaving is what makes the comparison fair on a shared or throttling machine: whatever slows one round slows all
 candidates in it. On a GPU, calls with few tokens are captured in a CUDA graph (a serving engine replays one), so that
-the time is the device's; larger calls are timed one at a time behind a cache flush that also hides the launch.
+the time is the device's; larger calls are enqueued one by one.
+
+A GPU is timed under two protocols, because one that is held to a power limit ranks kernels differently cold and hot
+(H200 capped at 700 W: 1.98 GHz cold, 1.40 to 1.55 GHz under load). *Burst* is a millisecond after idling.
+*Sustained* lets the candidate itself settle the clocks before it is timed. Short windows back to back are neither:
+there a candidate runs at the clocks that its neighbour left, which put one kernel 24 % ahead where it was 2 %.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, schedule
 
 Call = Callable[[int], object]  # runs batch i
 
 GRAPH_TOKENS = 1024  # up to this many tokens a GPU call is timed as a graph replay
+IDLE, BURST, SUSTAINED = 5e-3, 1.2e-3, 50e-3  # seconds: before a burst, of a burst, of each half of a sustained window
 _FLUSH_BYTES = 256 << 20  # larger than any L2
 
 
@@ -48,6 +59,7 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     graphs: frozenset[str] = frozenset(),
+    clocks: str = "burst",
 ) -> dict[str, Sample]:
     """Median-ready samples of every call.
 
@@ -56,10 +68,12 @@ def interleave(
         batches: how many batches `i` may name.
         seconds: time to spend on one candidate; rounds stop there, between `min_rounds` and `max_rounds`.
         graphs: the names to capture in a CUDA graph; one that cannot be captured is timed by events instead.
+        clocks: on a GPU, the protocol in `PROTOCOLS`; a CPU has none.
     """
     if device.type == "cuda":
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-        timers = {n: _cuda_timer(call, batches, device, flush, n in graphs) for n, call in calls.items()}
+        gpu, protocol = Gpu(device), PROTOCOLS[clocks]
+        units = {name: _unit(gpu, call, batches, device, name in graphs) for name, call in calls.items()}
+        timers = {name: (unit.mode, functools.partial(protocol, gpu, unit)) for name, unit in units.items()}
     else:
         timers = {name: ("call", _cpu_timer(call, batches)) for name, call in calls.items()}
     samples = {name: Sample(mode) for name, (mode, _) in timers.items()}
@@ -84,31 +98,77 @@ def _cpu_timer(call: Call, batches: int) -> Callable[[int], float]:
     return timer
 
 
-def _cuda_timer(
-    call: Call, batches: int, device: torch.device, flush: torch.Tensor, graph: bool
-) -> tuple[str, Callable[[int], float]]:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+# ---------------------------------------------------------------- protocols of a GPU
+class Gpu:
+    """What the protocols ask of a device."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._scratch = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def idle(self, seconds: float) -> None:
+        """Let the device finish, and then do nothing."""
+        torch.cuda.synchronize(self._device)
+        time.sleep(seconds)
+
+    def flush(self) -> None:
+        """Enqueue a write that is larger than the L2."""
+        self._scratch.zero_()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """The device's time for what `work` enqueues, behind all that was enqueued before; waits for it."""
+        self._start.record()
+        work()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a window repeats: `run(i)` enqueues `calls` calls (i picks the batch), which takes about `seconds`."""
+
+    mode: str
+    calls: int
+    run: Callable[[int], object]
+    seconds: float
+
+
+def burst(gpu: Gpu, unit: Unit, turn: int) -> float:
+    """Seconds a call in `BURST` seconds of calls, at least one, by a device that idled for `IDLE` seconds.
+
+    The flush empties the L2 and hides the first launch: the device is busy with it while the host enqueues.
+    """
+    times = max(1, round(BURST / unit.seconds))
+    gpu.idle(IDLE)
+    gpu.flush()
+    return gpu.seconds(lambda: _repeat(unit, turn, times)) / (times * unit.calls)
+
+
+def sustained(gpu: Gpu, unit: Unit, turn: int) -> float:
+    """Seconds a call in `SUSTAINED` seconds of calls right behind as many untimed, in which the clocks settle."""
+    times = max(1, math.ceil(SUSTAINED / unit.seconds))
+    _repeat(unit, turn, times)  # nobody waits in between: the device must not idle
+    return gpu.seconds(lambda: _repeat(unit, turn, times)) / (times * unit.calls)
+
+
+PROTOCOLS: dict[str, Callable[[Any, Unit, int], float]] = {"burst": burst, "sustained": sustained}
+
+
+def _repeat(unit: Unit, turn: int, times: int) -> None:
+    for i in range(turn * times, (turn + 1) * times):
+        unit.run(i)
+
+
+def _unit(gpu: Gpu, call: Call, batches: int, device: torch.device, graph: bool) -> Unit:
+    """A replay of all batches where the call is captured, else one call. Batches rotate: weights come from memory."""
     captured = _capture(call, batches, device) if graph else None
-    if captured is not None:
-
-        def replay(turn: int) -> float:
-            start.record()
-            captured.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3 / batches
-
-        return "graph", replay
-
-    def timer(turn: int) -> float:
-        flush.zero_()
-        start.record()
-        call(turn % batches)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return "event", timer
+    if captured is None:
+        unit = Unit("event", 1, lambda i: call(i % batches), 0.0)
+    else:
+        unit = Unit("graph", batches, lambda i: captured.replay(), 0.0)
+    return replace(unit, seconds=gpu.seconds(lambda: _repeat(unit, 0, 3)) / 3)
 
 
 @contextlib.contextmanager
@@ -131,6 +191,26 @@ def host_seconds(call: Call, batches: int, device: torch.device, repeats: int = 
     spent = time.perf_counter() - start
     torch.cuda.synchronize(device)
     return spent / repeats
+
+
+def launches(call: Call, device: torch.device) -> int | None:
+    """How many kernels, copies and fills one call makes a GPU run; None on a CPU, or where the profiler sees none.
+
+    The first call runs in the profiler's warm-up: some CUPTI lose what a session launches first (pytorch #192021).
+    """
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=1, repeat=1)) as seen:
+        for _ in range(2):
+            call(0)
+            torch.cuda.synchronize(device)
+            seen.step()
+    return device_work(seen.events() or ()) or None
+
+
+def device_work(events: Iterable[Any]) -> int:
+    """How many of a profile's events ran on a GPU; spans that the profiler itself draws there are none."""
+    return sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in events)
 
 
 def _capture(call: Call, batches: int, device: torch.device) -> torch.cuda.CUDAGraph | None:

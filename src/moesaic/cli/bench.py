@@ -11,6 +11,8 @@ from rich.text import Text
 
 from ..bench import PEERS, Plan, Result, report
 from ..bench import run as measure
+from ..bench.peers import DENSE
+from ..bench.timing import PROTOCOLS
 from ..cases import DISTRIBUTIONS
 from ..errors import MissingExtra
 from .screen import Clock, Device, Json, Screen, UsageMistake, clean, names, numbers, pick_device
@@ -27,8 +29,11 @@ def bench(
     ours: Annotated[str, typer.Option(help="moesaic, or moesaic:IMPLEMENTATION to force one.")] = "moesaic",
     train: Annotated[bool, typer.Option("--train", help="Time forward and backward.")] = False,
     distribution: Annotated[str, typer.Option(help=f"How tokens spread: {', '.join(DISTRIBUTIONS)}.")] = "uniform",
+    clocks: Annotated[
+        str, typer.Option(help=f"On a GPU: {', '.join(PROTOCOLS)} (behind 50 ms of its own load), or both.")
+    ] = "both",
     seconds: Annotated[float, typer.Option(help="Time to spend on one candidate in one cell.")] = 2.0,
-    rounds: Annotated[int, typer.Option(help="Rounds of one cell at least.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of one cell at least, of each of the clocks.")] = 5,
     out: Annotated[
         Path | None, typer.Option(help="Write the record here (JSON), kept up to date while it runs.")
     ] = None,
@@ -49,7 +54,7 @@ def bench(
     screen, here, clock = Screen(as_json), pick_device(device), Clock()
     plan = Plan(
         names(shapes), numbers(tokens, "--tokens"), names(dtypes), _peers(peers), str(here), train, distribution,
-        seconds, rounds, names(ours),
+        seconds, rounds, names(ours), tuple(PROTOCOLS) if clocks == "both" else names(clocks),
     )  # fmt: skip
     try:
         plan.check()
@@ -61,6 +66,9 @@ def bench(
     screen.title(
         "moesaic bench", f"One layer of experts, {what}, {distribution} routing, on {report.device_name(here)}."
     )
+    source = context.get_parameter_source("clocks")
+    if here.type != "cuda" and source is not None and source.name == "COMMANDLINE":
+        screen.print("[yellow]--clocks is for GPUs: a CPU is timed call by call[/yellow]")
     result = _run(screen, plan, out, commit, note)
     kept = report.record(result, commit, note)
     _rest(screen, result, clock.seconds)
@@ -94,7 +102,7 @@ def _run(screen: Screen, plan: Plan, out: Path | None, commit: str | None, note:
             rows = result.measured[shown:]
             if rows and rows[-1].tokens == plan.tokens[-1]:
                 shown = len(result.measured)
-                screen.print(report.table(rows, f"{rows[0].shape}, {rows[0].dtype}", wide=screen.console.width >= 100))
+                screen.print(report.table(rows, f"{rows[0].shape}, {rows[0].dtype}", screen.console.width))
     return result
 
 
@@ -107,11 +115,14 @@ def _rest(screen: Screen, result: Result, seconds: float) -> None:
         )
     for line in report.summary(result):
         ratio, paired = line["ratio"], line["paired"]
+        clocks = "" if line["clocks"] == "call" else f", {line['clocks']}"
         screen.print(Text.assemble(
-            f"{line['ours']} against {line['peer']}: ", (f"{ratio['mean']:.2f}x", "bold"),
+            f"{line['ours']} against {line['peer']}{clocks}: ", (f"{ratio['mean']:.2f}x", "bold"),
             f" over {line['cells']} cells, lowest {ratio['lowest']:.2f}x at {ratio['at']}; round by round "
             f"{paired['mean']:.2f}x, lowest {paired['lowest']:.2f}x at {paired['at']}",
         ))  # fmt: skip
+    if DENSE not in result.plan.peers and not result.plan.train:
+        screen.print(f"[dim]the share of the dense bound is shown where --peers names {DENSE}[/dim]")
     for peer, limits in {row.peer: row.limits for row in result.measured if row.limits}.items():
         screen.print(Text(f"{peer}: {limits}", style="dim"))
     for (peer, reason), cells in result.not_run.items():

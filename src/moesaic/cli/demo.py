@@ -75,6 +75,7 @@ def demo(
         str(here),
         seconds=seconds,
         min_rounds=3,
+        clocks=("burst",),
     )
     try:
         plan.check()

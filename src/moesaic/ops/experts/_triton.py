@@ -5,6 +5,8 @@ Legend: `dA'` the gradient at the activations before the routing weight s; `a` t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,11 @@ def default_config(problem) -> tuple[products.Config, products.Config]:
 
 def configs(problem):
     return products.configs()
+
+
+def padding(problem, tokens_per_expert: Sequence[int]) -> float:
+    """Rows that tiles compute for nobody over real rows, in the up product of these tokens per expert."""
+    return products.padding(problem, tokens_per_expert)
 
 
 def fused_experts(

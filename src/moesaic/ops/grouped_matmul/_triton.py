@@ -9,7 +9,7 @@ tiles lie is known on the device only, so grids are upper bounds and surplus slo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,17 @@ def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K
     if rows <= 64:
         return Config(32 if rows <= 32 else 64, 64 if arch in SMALL_MEMORY else 128, 64, 4, stages)
     return Config(128, 128, 32 if arch in SMALL_MEMORY else 64, 8, 3)
+
+
+def padding(problem, tokens_per_expert: Sequence[int]) -> float:
+    """Rows that the tiles of this product compute for nobody, over the rows that there are; 0 where there are none.
+
+    Every expert's rows are rounded up to the tile. Of `fused_experts`, the up product.
+    """
+    gated = problem.activation != "" and ACTIVATIONS[problem.activation].gated
+    N, K = problem.intermediate_size, problem.hidden_size
+    tile = gemm_config(problem.arch, problem.dtype, problem.rows_per_expert, N, K, gated).block_m
+    return sum(-rows % tile for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
 
 
 def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
