@@ -22,13 +22,14 @@ from moesaic.cases import CASES
 from moesaic.launch import Launch, pow2
 from moesaic.ops.experts import _triton as experts
 from moesaic.ops.grouped_matmul import _triton as products
+from moesaic.ops.grouped_matmul._configs import H200, Product, gemm_config
+from moesaic.ops.grouped_matmul._tiles import tiles_launch
 from moesaic.ops.permute import _triton as permute
 from moesaic.ops.route import RouterConfig
 from moesaic.ops.route import _triton as route
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
-TENSOR_CORE = {"sm_80": r"\bHMMA\.", "sm_90": r"\bH(G?)MMA\.", "gfx942": r"v_mfma_"}
 
 
 def target(arch: str) -> GPUTarget:
@@ -61,7 +62,7 @@ def nvidia_report(done) -> dict:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "shared": done.metadata.shared,
         "spills": len(re.findall(r"\bSTL\b", sass)) + len(re.findall(r"\bLDL\b", sass)),
-        "tensor_core": {name: len(re.findall(rf"\b{name}\.", sass)) for name in ("HGMMA", "HMMA")},
+        "tensor_core": {name: len(re.findall(rf"\b{name}\.", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA")},
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
     }
 
@@ -79,12 +80,19 @@ def amd_report(done) -> dict:
     }
 
 
+def config_of(arch: str, case, rows: float, *, up: bool, dgrad: bool, dtype=torch.bfloat16):
+    E, H, I = case.num_experts, case.hidden_size, case.intermediate_size
+    width = ACTIVATIONS[case.activation].width(I) if up and not dgrad else I if up else H
+    R, (N, K) = round(rows * E), (I, H) if up else (H, I)
+    return gemm_config(arch, dtype, Product(R, E, width, K, N, R // case.top_k if up else R))
+
+
 def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgrad: bool = False, dtype=torch.bfloat16):
     """The arguments of one product of a layer, as `products.gemm` would launch it."""
     act = ACTIVATIONS[case.activation]
     H, I = case.hidden_size, case.intermediate_size
     N, K = (I, H) if up else (H, I)
-    config = products.gemm_config(arch, dtype, rows, N, K, up and act.gated and not dgrad)
+    config = config_of(arch, case, rows, up=up, dgrad=dgrad, dtype=dtype)
     flip = case.transposed != dgrad
     types = {"x_ptr": POINTER[dtype], "w_ptr": POINTER[dtype], "out_ptr": POINTER[dtype], "offsets_ptr": "*i32",
              "stride_xm": "i32", "stride_we": "i32", "R": "i32", "num_slots": "i32"}  # fmt: skip
@@ -106,22 +114,22 @@ def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgra
         types["bias_ptr"] = constants.pop("bias_ptr") or POINTER[dtype]
     if constants["SAVE_HIDDEN"]:
         types["hidden_ptr"] = constants.pop("hidden_ptr") or POINTER[dtype]
-    return products._grouped_gemm_kernel, types, constants, config.num_warps, config.num_stages
+    warps, stages = (8, 3) if config.persistent else (config.num_warps, config.num_stages)
+    return products._grouped_gemm_kernel, types, constants, warps, stages
 
 
 def tensor_map(*box: int, dtype=torch.bfloat16) -> str:
     return f"tensordesc<{POINTER[dtype][1:]}[{', '.join(map(str, box))}]>"
 
 
-def persistent(arch: str, case, *, up: bool, training: bool = False, dgrad: bool = False):
-    """The same of the persistent kernel, with 256 rows an expert."""
+def persistent(c, case, *, up: bool, training: bool = False, dgrad: bool = False):
+    """The same of the persistent kernel, with configuration c."""
     act = ACTIVATIONS[case.activation] if up and not dgrad else None
     H, I = case.hidden_size, case.intermediate_size
     N, K = (I, H) if up else (H, I)
     gated = act is not None and act.gated
     interleaved = case.layout == "interleaved"
     joined, transposed = gated and not interleaved, case.transposed != dgrad
-    c = products.gemm_config(arch, torch.bfloat16, 256, N, K, gated)
     m, n, k = c.block_m, c.block_n, c.block_k
     types = {"tiles_ptr": "*i64", "used_ptr": "*i32", "x_ptr": "*bf16", "stride_xm": "i32"}
     if joined:
@@ -144,7 +152,8 @@ def persistent(arch: str, case, *, up: bool, training: bool = False, dgrad: bool
     if case.bias:
         types["bias_ptr"] = "*bf16"
     kernel = products._triton_tma._persistent_gemm_kernel
-    return kernel, types, constants | dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants)), c.num_warps, 4
+    constants |= dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants))
+    return kernel, types, constants, c.num_warps, c.num_stages
 
 
 def wgrad(arch: str, case, dtype=torch.bfloat16):
@@ -243,18 +252,25 @@ def jobs(arch: str):
     yield "dgrad of down", True, gemm(arch, qwen, 256, up=True, dgrad=True)
     if arch == "sm_90":
         scout = CASES["llama4-scout"]
-        for case in (qwen, gpt, nemotron, scout):
-            yield f"persistent up, {case.name}", True, persistent(arch, case, up=True)
-            yield f"persistent up, training, {case.name}", True, persistent(arch, case, up=True, training=True)
-            yield f"persistent down, {case.name}", True, persistent(arch, case, up=False)
-            yield f"persistent dgrad of down, {case.name}", True, persistent(arch, case, up=True, dgrad=True)
+        for c in (c for c in H200 if c.persistent):
+            name = f"persistent {c.block_m}x{c.block_n}"
+            for case in (qwen, gpt, nemotron, scout):
+                yield f"{name} up, {case.name}", True, persistent(c, case, up=True)
+            for case in (qwen, gpt):
+                yield f"{name} up, training, {case.name}", True, persistent(c, case, up=True, training=True)
+                yield f"{name} down, {case.name}", True, persistent(c, case, up=False)
+            yield f"{name} dgrad of down, {qwen.name}", True, persistent(c, qwen, up=True, dgrad=True)
+        tiles = {"offsets_ptr": "*i32", "tiles_ptr": "*i64", "used_ptr": "*i32"}
+        launch = tiles_launch(128, 6, 128, 16)
+        yield "tile table", False, of_launch(launch, tiles)
     yield "up, fp32", False, gemm(arch, qwen, 256, up=True, dtype=torch.float32)
     yield "wgrad", True, wgrad(arch, qwen)
     yield "wgrad, fp32", False, wgrad(arch, qwen, torch.float32)
     for name, kernel, types, constants in small_kernels(CASES["deepseek-v3"]):
         yield name, False, (kernel, types, constants, 4, 2)
-    for name, arguments in router_kernels():
-        yield name, False, arguments
+    if arch in ("sm_80", "sm_90", "gfx942"):  # one of each kind: nothing in the router is made for more
+        for name, arguments in router_kernels():
+            yield name, False, arguments
 
 
 def main() -> None:

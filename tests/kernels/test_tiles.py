@@ -7,6 +7,7 @@ import torch
 
 from moesaic import Routing, Unsupported, grouped_matmul, hardware
 from moesaic.activations import ACTIVATIONS, apply
+from moesaic.ops.grouped_matmul._configs import Product, configs, expected_tiles, gemm_config
 from moesaic.problem import Problem
 from moesaic.testing import assert_close
 
@@ -79,15 +80,41 @@ def test_gathered_product_with_activation(activation, interleaved, tile, device)
     assert_close(out, apply(act, want, interleaved), H, name="activations")
 
 
+def test_expected_tiles():
+    """Against counting: rows of 64 experts drawn many times."""
+    g = torch.Generator().manual_seed(0)
+    for mean in (0.3, 4, 60, 200):
+        counts = torch.poisson(torch.full((500, 64), float(mean)), generator=g)
+        for block in (16, 64, 128):
+            product = Product(round(mean * 64), 64, 512, 512, 512, 8)
+            assert expected_tiles(product, block) == pytest.approx(
+                (counts / block).ceil().sum(1).mean().item(), rel=0.08
+            )
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_tiles_grow_with_the_rows(gathered):
+    """From few rows to many no step back, and none between neighbours by more than the tiles' own difference."""
+    heights = []
+    for rows in [2**i for i in range(15)] + [3 * 2**i for i in range(13)]:
+        R = rows * 64
+        config = gemm_config("sm_90", torch.bfloat16, Product(R, 64, 2048, 2048, 1024, R // 8 if gathered else R))
+        heights.append((rows, config.block_m))
+    heights.sort()
+    assert heights[0][1] == 16 and heights[-1][1] == 128
+    assert [h for _, h in heights] == sorted(h for _, h in heights)
+
+
 @pytest.mark.parametrize(("arch", "dtype", "tuned"), [
     ("sm_80", torch.bfloat16, False), ("sm_90", torch.float32, False), ("gfx942", torch.float16, False),
     ("sm_90", torch.bfloat16, True),
 ])  # fmt: skip
 def test_batch_invariant_tiles(arch, dtype, tuned):
     """One configuration for every batch, except where all of them give the same bits."""
-    chosen = {products._gemm_config(arch, dtype, True, R, 8, 512, 256, False) for R in (1, 64, 300, 1000, 100000)}
+    product = (8, 512, 256, 512)
+    chosen = {products.choose(arch, dtype, True, R, *product, R) for R in (1, 64, 300, 1000, 100000)}
     assert (len(chosen) > 1) == tuned
-    assert len({products._gemm_config(arch, dtype, False, R, 8, 512, 256, False) for R in (1, 100000)}) == 2
+    assert len({products.choose(arch, dtype, False, R, *product, R) for R in (1, 100000)}) == 2
 
 
 def test_batch_invariance_is_refused_where_unknown(device):
@@ -183,7 +210,7 @@ def test_every_configuration_of_tuning(device):
     problem = Problem("fused_experts", "cuda", hardware.arch_of(torch.device(device)), x.dtype, T, 2, E, H, I, "swiglu")
     rows = x.float()[routing.row_order.long() // 2]
     want = apply(act, grouped_matmul(rows, w.float(), routing, implementation="torch").double(), False)
-    for config in products.configs():
+    for config in configs():
         tiles = products.TileTable(routing.expert_offsets, 2 * T)
         out = products.gemm(x, w, False, tiles, problem, N=I, K=H, gather=routing.row_order, top_k=2, activation=act,
                             config=config)  # fmt: skip

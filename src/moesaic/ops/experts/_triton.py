@@ -23,11 +23,10 @@ def why_not(problem) -> str | None:
 
 def default_config(problem) -> tuple[products.Config, products.Config]:
     """The configurations of the up and the down product."""
-    H, I, rows = problem.hidden_size, problem.intermediate_size, problem.rows_per_expert
-    return (
-        products.gemm_config(problem.arch, problem.dtype, rows, I, H, ACTIVATIONS[problem.activation].gated),
-        products.gemm_config(problem.arch, problem.dtype, rows, H, I),
-    )
+    H, I, R, E = problem.hidden_size, problem.intermediate_size, problem.num_slots, problem.num_experts
+    key = (problem.arch, problem.dtype, problem.batch_invariant, R, E)
+    width = ACTIVATIONS[problem.activation].width(I)
+    return products.choose(*key, width, H, I, problem.num_tokens), products.choose(*key, H, I, H, R)
 
 
 def configs(problem):

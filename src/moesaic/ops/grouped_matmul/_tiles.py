@@ -75,7 +75,7 @@ def _tiles_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _tiles_launch(E: int, num_n: int, block_m: int, group_m: int) -> Launch:
+def tiles_launch(E: int, num_n: int, block_m: int, group_m: int) -> Launch:
     return Launch(_tiles_kernel, (E, 1, 1), (E, pow2(E), num_n, block_m, group_m, PADDING, 512))
 
 
@@ -102,6 +102,6 @@ class TileTable:
             size = 2 + self.bound(block_m) * num_n + PADDING
             memory = torch.empty(size, dtype=torch.int64, device=self.offsets.device)
             used, tiles = memory[:1].view(torch.int32), memory[2:]
-            _tiles_launch(self.experts, *key)((self.offsets, tiles, used))
+            tiles_launch(self.experts, *key)((self.offsets, tiles, used))
             self._made[key] = tiles, used
         return self._made[key]

@@ -9,99 +9,27 @@ tiles lie is known on the device only, so grids are upper bounds and surplus slo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from . import _triton_tma
+from ._configs import Config, Product, configs, gemm_config, same_bits, wgrad_config
 from ._tiles import TileTable, epilogue
 
+__all__ = ["Config", "TileTable", "choose", "configs", "gemm", "padding", "wgrad"]  # what `experts` composes
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-SMALL_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory a block
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tiles of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile.
-
-    `persistent` asks for `_triton_tma`'s kernel, which takes 16-byte strides only; other operands go the common way.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 16
-    persistent: bool = False
 
 
 def why_not(problem) -> str | None:
     if problem.dtype not in DTYPES:
         return f"needs bf16, fp16 or fp32, got {str(problem.dtype).removeprefix('torch.')}"
     return None
-
-
-def gemm_config(arch: str, dtype: torch.dtype, rows_per_expert: float, N: int, K: int, gated: bool = False) -> Config:
-    """The tile for a mean number of rows an expert.
-
-    The sm_90 column was measured on an H200 (2026-11-22, the shapes of qwen3-30b, olmoe, mixtral and deepseek-v3); the
-    others are sized to shared memory and registers by compiling.
-    """
-    rows = rows_per_expert
-    if dtype == torch.float32:
-        return Config(16 if rows <= 16 else 64, 64, 32, 4, 2)
-    if arch.startswith("gfx"):  # 64 KiB of LDS
-        if rows <= 16:
-            return Config(16, 64, 128, 4, 2)
-        return Config(32 if rows <= 32 else 64 if rows <= 64 else 128, 128, 64, 8, 2)
-    if arch in ("sm_90", "sm_100", "sm_103"):
-        if rows <= 16:
-            return Config(16, 128, 128, 4, 4)
-        if rows <= 40:
-            return Config(64, 128, 64, 4, 4)
-        return Config(128, 256, 64, 8, 4, persistent=arch == "sm_90")
-    stages = 3 if arch in SMALL_MEMORY else 4
-    if rows <= 16:
-        return Config(16, 64, 128, 4, stages)
-    if rows <= 64:
-        return Config(32 if rows <= 32 else 64, 64 if arch in SMALL_MEMORY else 128, 64, 4, stages)
-    return Config(128, 128, 32 if arch in SMALL_MEMORY else 64, 8, 3)
-
-
-def padding(problem, tokens_per_expert: Sequence[int]) -> float:
-    """Rows that the tiles of this product compute for nobody, over the rows that there are; 0 where there are none.
-
-    Every expert's rows are rounded up to the tile. Of `fused_experts`, the up product.
-    """
-    gated = problem.activation != "" and ACTIVATIONS[problem.activation].gated
-    N, K = problem.intermediate_size, problem.hidden_size
-    tile = gemm_config(problem.arch, problem.dtype, problem.rows_per_expert, N, K, gated).block_m
-    return sum(-rows % tile for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
-
-
-def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """`block_n, block_k, block_r, num_warps, num_stages` of the weight gradient."""
-    if dtype == torch.float32:
-        return 64, 64, 32, 4, 2
-    if arch.startswith("gfx"):
-        return 128, 128, 32, 8, 2
-    return 128, 128, 32 if arch in SMALL_MEMORY else 64, 8, 3
-
-
-def configs() -> Iterator[Config]:
-    """What tuning may try."""
-    for m, n, k, warps, stages in (
-        (16, 64, 128, 4, 4), (16, 128, 64, 4, 4), (16, 32, 256, 4, 4), (32, 128, 64, 4, 4), (64, 128, 64, 4, 4),
-        (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
-    ):  # fmt: skip
-        yield Config(m, n, k, warps, stages)
 
 
 # ---------------------------------------------------------------- device code shared by the kernels
@@ -310,22 +238,19 @@ def _gemm_launch(
         _precision(dtype, allow_tf32), c.block_m, c.block_n, c.block_k, c.group_m,
     )  # fmt: skip
     grid = (num_slots * ceil_div(N, c.block_n // 2 if act[1] else c.block_n), 1, 1)
-    stages = min(3, c.num_stages) if c.block_n == 256 and act[1] else c.num_stages
-    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, stages), num_slots
+    # where a persistent kernel was meant: pointers take registers, and a stage less is enough
+    warps, stages = (8, 3) if c.persistent else (c.num_warps, c.num_stages)
+    return Launch(_grouped_gemm_kernel, grid, constants, warps, stages), num_slots
 
 
 @functools.lru_cache(maxsize=4096)
-def _gemm_config(
-    arch: str, dtype: torch.dtype, batch_invariant: bool, rows: int, E: int, N: int, K: int, gated: bool
+def choose(
+    arch: str, dtype: torch.dtype, batch_invariant: bool, rows: int, E: int, width: int, K: int, N: int, sources: int
 ) -> Config:
+    """The configuration of a product, as `Product` describes it."""
     if batch_invariant and not same_bits(arch, dtype):
-        rows = 64 * E
-    return gemm_config(arch, dtype, rows / E, N, K, gated)
-
-
-def same_bits(arch: str, dtype: torch.dtype) -> bool:
-    """Do all configurations give the same bits? Seen of 13 on 28 products of four models (H200, 2026-11-23)."""
-    return arch == "sm_90" and dtype != torch.float32
+        rows = sources = 64 * E
+    return gemm_config(arch, dtype, Product(rows, E, width, K, N, sources))
 
 
 def gemm(
@@ -341,7 +266,9 @@ def gemm(
     gated = activation is not None and activation.gated
     act = None if activation is None else (activation.name, activation.alpha, activation.limit)
     top_k = top_k if gather is not None else 0
-    c = config or _gemm_config(problem.arch, x.dtype, problem.batch_invariant, rows, E, N, K, gated)
+    c = config or choose(
+        problem.arch, x.dtype, problem.batch_invariant, rows, E, 2 * N if gated else N, K, N, x.shape[0]
+    )
     if c.persistent and _triton_tma.why_not(x, w, N, K) is None:
         _triton_tma.gemm(x, w, transposed, tiles, out, K, gather, top_k, bias, act, problem.interleaved, hidden, c)
         if zero_tail:
@@ -394,9 +321,20 @@ def bias_grad(
 
 
 def default_config(problem) -> Config:
-    return gemm_config(
-        problem.arch, problem.dtype, problem.rows_per_expert, problem.intermediate_size, problem.hidden_size
-    )
+    """The tile of this product; of `fused_experts`, of the up product."""
+    R, E, N, K = problem.num_slots, problem.num_experts, problem.intermediate_size, problem.hidden_size
+    gated = problem.activation != "" and ACTIVATIONS[problem.activation].gated
+    width = 2 * N if gated else N
+    return choose(problem.arch, problem.dtype, problem.batch_invariant, R, E, width, K, N, problem.num_tokens)
+
+
+def padding(problem, tokens_per_expert: Sequence[int]) -> float:
+    """Rows that the tiles of this product compute for nobody, over the rows that there are; 0 where there are none.
+
+    Every expert's rows are rounded up to the tile. Of `fused_experts`, the up product.
+    """
+    tile = default_config(problem).block_m
+    return sum(-rows % tile for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
 
 
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
