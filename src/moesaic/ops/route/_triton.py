@@ -21,6 +21,8 @@ from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
 RANGES = 132  # programs: each reads every range's counts, so that more of them would cost more than they hide
+FEWEST_ROWS = 4  # of a range of many
+PIECE = 32
 BLOCK = 128  # slots that are compared each with each
 
 
@@ -59,21 +61,19 @@ class _Cut:
         )
 
 
-def _cut(T: int, S: int, lanes: int, statistics: bool = False) -> _Cut:
-    """Swept on an H200 (2026-11-23, E = 128 and 256, T = 1 to 32768).
+def _cut(T: int, S: int, lanes: int, statistics: bool = False, least: int = 1) -> _Cut:
+    """From one row a warp, for latency, to eight threads a row, which have the least to exchange.
 
-    Eight threads a row, sixteen where a small block of wide rows leaves threads over; at most eight pieces a row. The
-    sums take registers too, and so does the triangle of block × block.
+    Eight warps, or sixteen: a thread then holds at most 32 lanes, 16 of them where a range has rows enough.
     """
     N = T // S
-    most = min(64, max(16, (4096 if statistics else 8192) // lanes))
-    wanted = T if S == 1 and T <= 16 else ceil_div(T, RANGES)
-    block = min(max(16, pow2(wanted)), most)
+    most = max(least, min(64, (4096 if statistics else 8192) // lanes))
+    wanted = T if S == 1 and T <= min(16, most) else max(FEWEST_ROWS, ceil_div(T, RANGES))
+    block = min(max(least, pow2(wanted)), most)
     per_range = max(1, min(ceil_div(wanted, block) * block, N))
     ranges = ceil_div(N, per_range)
-    piece = max(min(lanes, 64 if block == 16 and lanes >= 256 else 32), lanes // 8)
-    warps = min(8 if lanes <= 256 else 16, max(1, block * piece // 128))
-    return _Cut(N, ranges, per_range, S * ranges, block, warps, piece)
+    piece = max(min(lanes, 128, max(PIECE, 1024 // block)), lanes // 8)
+    return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * piece // 128)), piece)
 
 
 def _cut_slots(total: int) -> _Cut:
@@ -290,7 +290,7 @@ def _gate_launch(
     dtypes: tuple, T: int, E: int, H: int, stride_x: int, stride_w: int, config
 ) -> tuple[Launch, _Cut, int]:
     """Kept apart by all that the compiled kernel depends on: `dtypes` are those of x, the logits' bias and bias."""
-    cut = _cut(T, 1, _lanes(E, config.num_groups)[1])
+    cut = _cut(T, 1, _lanes(E, config.num_groups)[1], least=16)  # the least that its product takes
     block_n = 16 if E * H <= 1 << 19 else 32
     tiles = ceil_div(E, block_n)
     split = max(64, ceil_div(ceil_div(H, max(1, GATE_PROGRAMS // tiles)), 64) * 64)

@@ -17,27 +17,39 @@ def range_of(program, per_sequence, ranges, per_range):
 
 
 @triton.jit
-def number(taken, BT: tl.constexpr):
-    """For each token and lane, the lane's slots of earlier tokens; `taken` (BT, LANES) counts those of each token.
-
-    A product with a triangle of ones: exact, since a half holds integers to 2048 and the accumulator is fp32.
-    """
-    t = tl.arange(0, BT)
-    earlier = (t[:, None] > t[None, :]).to(tl.float16)
-    return tl.dot(earlier, taken.to(tl.float16), out_dtype=tl.float32).to(tl.int32)
+def _ones(x):
+    """The number of ones in each int32."""
+    x = x.to(tl.uint32, bitcast=True)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
-def pick(values, ids, K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """`values[t, ids[t, k]]` in column k; anything where ids is negative."""
-    if LANES <= 256:
-        return tl.gather(values, tl.maximum(ids, 0), 1)
-    lanes, k_lane = tl.arange(0, LANES)[None, :], tl.arange(0, WIDTH)[None, :]
-    out = tl.zeros(ids.shape, values.dtype)
-    for k in tl.range(0, K):  # a gather's shuffles grow with the square of the lanes
-        mine = tl.sum(tl.where(k_lane == k, ids, 0), 1)
-        out = tl.where(k_lane == k, tl.sum(tl.where(lanes == mine[:, None], values, 0), 1)[:, None], out)
-    return out
+def takers(taken, BT: tl.constexpr, LANES: tl.constexpr):
+    """`((words, LANES), (LANES,))`: which tokens took a lane, a bit each; and how many."""
+    WORDS: tl.constexpr = (BT + 31) // 32
+    bit = 1 << (tl.arange(0, BT) % 32)
+    words = tl.sum(tl.reshape(tl.where(taken, bit[:, None], 0), (WORDS, BT // WORDS, LANES)), 1)
+    return words, tl.sum(_ones(words), 0)
+
+
+@triton.jit
+def places(words, running, ids, BT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """`running` at each id, and the earlier tokens of the block that took it too; anything where ids is negative.
+
+    In one dimension, a gather goes through shared memory: a shuffle for every register of a row would cost more.
+    """
+    WORDS: tl.constexpr = (BT + 31) // 32
+    t = tl.arange(0, BT)
+    flat = tl.reshape(tl.maximum(ids, 0), (BT * WIDTH,))
+    words = tl.reshape(words, (WORDS * LANES,))
+    place = tl.reshape(tl.gather(running, flat, 0), (BT, WIDTH))
+    for word in tl.static_range(WORDS):
+        earlier = tl.where(t // 32 > word, -1, tl.where(t // 32 == word, (1 << (t % 32)) - 1, 0))
+        mine = tl.reshape(tl.gather(words, flat + word * LANES, 0), (BT, WIDTH))
+        place += _ones(mine & earlier[:, None])
+    return place
 
 
 @triton.jit
