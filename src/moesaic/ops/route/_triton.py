@@ -20,9 +20,10 @@ from ._triton_route import _gate_route_kernel, _route_kernel, _weigh_kernel
 from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
-RANGES = 132  # programs: each reads every range's counts, so that more of them would cost more than they hide
+SMS = 132
 FEWEST_ROWS = 4  # of a range of many
-PIECE = 32
+FEW_ROWS = 2048  # of a backward
+ROOM = 4096  # lanes of a block
 BLOCK = 128  # slots that are compared each with each
 
 
@@ -61,23 +62,23 @@ class _Cut:
         )
 
 
-def _cut(T: int, S: int, lanes: int, statistics: bool = False, least: int = 1) -> _Cut:
-    """From one row a warp, for latency, to eight threads a row, which have the least to exchange.
-
-    Eight warps, or sixteen: a thread then holds at most 32 lanes, 16 of them where a range has rows enough.
-    """
+def _cut(T: int, S: int, lanes: int, least: int = 1) -> _Cut:
+    """From one row a warp, for latency, to eight threads a row, which have the least to exchange: a thread then
+    holds 16 lanes, and two blocks of eight warps have an SM's registers."""
     N = T // S
-    most = max(least, min(64, (4096 if statistics else 8192) // lanes))
-    wanted = T if S == 1 and T <= min(16, most) else max(FEWEST_ROWS, ceil_div(T, RANGES))
+    most = max(least, min(64, ROOM // lanes))
+    ranges = SMS if T <= SMS * most else 2 * SMS
+    wanted = T if S == 1 and T <= min(16, most) else max(FEWEST_ROWS, ceil_div(T, ranges))
     block = min(max(least, pow2(wanted)), most)
     per_range = max(1, min(ceil_div(wanted, block) * block, N))
     ranges = ceil_div(N, per_range)
-    piece = max(min(lanes, 128, max(PIECE, 1024 // block)), lanes // 8)
+    threads = 512 if S * ranges == least else 256
+    piece = max(min(lanes, 128, max(32, 4 * threads // block)), lanes // 8)
     return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * piece // 128)), piece)
 
 
 def _cut_slots(total: int) -> _Cut:
-    per_range = max(1, ceil_div(ceil_div(total, RANGES), BLOCK)) * BLOCK
+    per_range = max(1, ceil_div(ceil_div(total, SMS), BLOCK)) * BLOCK
     ranges = ceil_div(total, per_range)
     block = BLOCK if ranges > 1 else max(16, pow2(total))
     return _Cut(total, ranges, per_range if ranges > 1 else total, ranges, block, 4)
@@ -119,7 +120,7 @@ def _route_launch(
 ) -> tuple[Launch, _Cut, _Cut]:
     """The launch, its cut, and the same of slots. Kept apart by all that the compiled kernel depends on: `dtypes` are
     those of logits and bias."""
-    cut = _cut(T, S, _lanes(E, config.num_groups)[1], statistics)
+    cut = _cut(T, S, _lanes(E, config.num_groups)[1])
     constants = _routing_constants(E, K, dtypes[1], statistics, cut, config)
     return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut, cut.of_slots(K)
 
@@ -130,7 +131,7 @@ def _weigh_launch(
 ) -> tuple[Launch, _Cut]:
     """The same for given ids; `dtypes` are those of logits and ids."""
     _, lanes = _lanes(E)
-    cut = _cut(T, S, lanes, statistics)
+    cut = _cut(T, S, lanes)
     constants = (E, K, pow2(K), lanes, *_scoring(config), statistics, cut.block)
     return Launch(_weigh_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
 
@@ -160,10 +161,14 @@ def _backward_launch(
     _, lanes = _lanes(E)
     scoring = _scoring(config)
     score, post, *_ = scoring
+    if not statistics and (score > 0 or post) and K <= 16:
+        # a row a warp for latency; four of them share one where there are many
+        piece = min(lanes, max(lanes // 8, 128 if T <= FEW_ROWS else 32))
+        warps = 1 if T <= SMS else 4
+        block = warps * max(1, 128 // piece)
+        constants = (E, K, lanes, *scoring, block, piece)
+        return Launch(_sparse_backward_kernel, (ceil_div(T, block), 1, 1), constants, warps), True
     block = max(1, 4096 // lanes)
-    if not statistics and (score > 0 or post):
-        constants = (E, K, pow2(K), lanes, *scoring, block)
-        return Launch(_sparse_backward_kernel, (ceil_div(T, block), 1, 1), constants), True
     piece = min(lanes, max(16, lanes // 4))
     constants = (E, K, lanes, *scoring, statistics, block, piece)
     return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants, 8), False

@@ -39,9 +39,7 @@ def route_range(
     SIZE: tl.constexpr = E // GROUPS
     expert, is_lane = expert_of(lane, E, SIZE, GROUP_LANES)
     lanes = lane[None, :]
-    # as wide as a piece of the rows, so that threads hold the same tokens of both
-    WIDTH: tl.constexpr = K_POW2 if K_POW2 > PIECE else PIECE
-    k_lane = tl.arange(0, WIDTH)[None, :]
+    k_lane = tl.arange(0, K_POW2)[None, :]
     bias = tl.zeros((LANES,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert, mask=is_lane, other=0.0).to(tl.float32)
@@ -92,7 +90,7 @@ def route_range(
             away = tl.where(e > 0, e * (z - top[:, None]), 0.0)
             entropy = tl.log(total) - tl.sum(away, 1) / total
             want = tl.minimum(want, tl.where(entropy < THRESHOLD, 1, tl.where(entropy < 2 * THRESHOLD, 2, K)))
-        ids, keys, number, taken = choose(key_of(choice), want, p, BT, LANES, WIDTH, K, RAGGED, THRESHOLD)
+        ids, keys, number, taken = choose(key_of(choice), want, p, BT, LANES, K_POW2, K, RAGGED, THRESHOLD)
         slot = token[:, None] * K + k_lane  # row numbers are int32, so slots are
         inside = alive_t[:, None] & (k_lane < K)
         live = inside & (ids >= 0)
@@ -122,7 +120,7 @@ def route_range(
         words, counted = takers(taken & alive_t[:, None], BT, LANES)
         if SINGLE:  # the first row of an expert is where its slots' numbers start
             running, dead_running = starts(counted, tokens_ptr, offsets_ptr, expert, is_lane, E)
-        place = places(words, running, ids, BT, LANES, WIDTH)
+        place = places(words, running, ids, BT, LANES, K_POW2)
         few = tl.where(alive_t, K - number, 0)  # slots that found no expert
         dead = tl.sum(few, 0)
         first = tl.zeros((BT,), tl.int32)
@@ -165,7 +163,9 @@ def _route_kernel(
 ):  # fmt: skip
     """`route_range` for each range of each sequence."""
     program = tl.program_id(0)
-    begin, end = range_of(program, per_sequence, ranges, per_range)
+    begin, end = program, per_sequence
+    if not SINGLE:
+        begin, end = range_of(program, per_sequence, ranges, per_range)
     route_range(
         logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
         tokens_ptr, offsets_ptr, order_ptr, index_ptr, stride_t, program, begin, end,

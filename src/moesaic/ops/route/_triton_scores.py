@@ -211,9 +211,7 @@ def keep_groups(
     group = tl.arange(0, G)
     # a group of which nothing is left still ranks before the lanes that stand for no group
     key = tl.where((group < GROUPS)[None, :], key_of(tl.maximum(best, -3.4028234663852886e38)), GONE)
-    # all pairs at once: a group is kept when fewer than KEPT stand before it
-    mine, other = key[:, :, None], key[:, None, :]
-    ahead = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
-    keep = tl.sum(ahead.to(tl.int32), 2) < KEPT
+    want = tl.full((BT,), KEPT, tl.int32)
+    _, _, _, keep = choose(key, want, key, BT, G, G, KEPT, 0, 0.0)
     masked = tl.where(keep[:, :, None] | (grouped == NEG_INF), grouped, MASK_VALUE)
     return tl.reshape(masked, (BT, LANES))
