@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...hardware import arch_of
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from ._triton_backward import _route_backward_kernel, _sparse_backward_kernel
 from ._triton_index import _count_kernel, _index_kernel
@@ -23,6 +24,7 @@ MAX_EXPERTS = 1024
 SMS = 132
 FEWEST_ROWS = 4  # of a range of many
 FEW_ROWS = 2048  # of a backward
+OVERLAP = True  # the second launch with the first one's end, where a GPU can
 ROOM = 4096  # lanes of a block
 BLOCK = 128  # slots that are compared each with each
 
@@ -114,14 +116,21 @@ def _routing_constants(E: int, K: int, bias: torch.dtype | None, statistics: boo
     )  # fmt: skip
 
 
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Can a launch begin while the one before it ends (programmatic dependent launch)?"""
+    arch = arch_of(device)
+    return OVERLAP and arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
 @functools.lru_cache(maxsize=4096)
 def _route_launch(
-    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
+    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config, overlap: bool = False
 ) -> tuple[Launch, _Cut, _Cut]:
     """The launch, its cut, and the same of slots. Kept apart by all that the compiled kernel depends on: `dtypes` are
     those of logits and bias."""
     cut = _cut(T, S, _lanes(E, config.num_groups)[1])
-    constants = _routing_constants(E, K, dtypes[1], statistics, cut, config)
+    constants = (*_routing_constants(E, K, dtypes[1], statistics, cut, config), overlap and not cut.single)
     return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut, cut.of_slots(K)
 
 
@@ -144,13 +153,15 @@ def _count_launch(dtype: torch.dtype, total: int, E: int) -> tuple[Launch, _Cut]
 
 
 @functools.lru_cache(maxsize=4096)
-def _index_launch(E: int, cut: _Cut) -> Launch:
+def _index_launch(E: int, cut: _Cut, overlap: bool = False) -> Launch:
     """`cut` is one of slots."""
     _, lanes = _lanes(E)
+    each = ceil_div(cut.programs, SMS)
     chunk = max(1, min(16384 // lanes, pow2(cut.programs)))
     block = min(2048, max(16, pow2(cut.per_range)))
     warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
-    return Launch(_index_kernel, (cut.programs, 1, 1), (E, lanes, chunk, block), warps)
+    constants, options = (E, lanes, chunk, block, each, overlap), {"launch_pdl": True} if overlap else {}
+    return Launch(_index_kernel, (ceil_div(cut.programs, each), 1, 1), constants, warps, **options)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -195,8 +206,8 @@ class _Tables:
     def finish(self, ids: Tensor) -> None:
         """The second launch, where one is needed."""
         if not self.cut.single:
-            numbers = (*self.cut.numbers, self.cut.programs)
-            _index_launch(self.E, self.cut)((ids, self.places, self.counts, *self.pointers), numbers)
+            launch, numbers = _index_launch(self.E, self.cut, _overlaps(ids.device)), self.cut.numbers
+            launch((ids, self.places, self.counts, *self.pointers), (*numbers, self.cut.programs))
 
 
 def expert_index(topk_ids: Tensor, num_experts: int):
@@ -224,7 +235,7 @@ def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_e
         return weights, *expert_index(ids, num_experts), sums, squares, torch.zeros_like(sums, dtype=torch.int32)
     if given is None:
         dtypes = (logits.dtype, None if bias is None else bias.dtype)
-        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config)
+        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config, _overlaps(logits.device))
     else:
         launch, cut = _weigh_launch((logits.dtype, given.dtype), T, E, K, stride, S, statistics, config)
     sums = squares = None

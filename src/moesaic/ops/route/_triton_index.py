@@ -109,31 +109,37 @@ def _count_kernel(
 def _index_kernel(
     ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr,
     per_sequence, ranges, per_range, programs,
-    E: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One range of slots: rows from their places, after the experts' starts and the earlier ranges' counts."""
-    program = tl.program_id(0)
+    """EACH ranges of slots: rows from their places, after the experts' starts and the earlier ranges' counts."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # launched before the first launch has ended
+    own = tl.program_id(0) * EACH
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES,), tl.int32)
     before = tl.zeros((LANES,), tl.int32)
     dead = tl.zeros((), tl.int32)
     for chunk in range(0, programs, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
-        inside, earlier = other < programs, other < program
+        inside, earlier = other < programs, other < own
         ptrs = counts_ptr + other[:, None] * (E + 1) + lane[None, :]
         counts = tl.load(ptrs, mask=inside[:, None] & (lane < E)[None, :], other=0)
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where(earlier[:, None], counts, 0), 0)
         dead += tl.sum(tl.load(counts_ptr + other * (E + 1) + E, mask=earlier, other=0), 0)
-    start, live_rows = starts(total, tokens_ptr, offsets_ptr, lane, (lane < E) & (program == 0), E)
+    start, live_rows = starts(total, tokens_ptr, offsets_ptr, lane, (lane < E) & (own == 0), E)
     base = start + before
-    begin, end = range_of(program, per_sequence, ranges, per_range)
-    for block in range(begin, end, BLOCK):
-        slots = block + tl.arange(0, BLOCK)
-        inside = slots < end
-        ids = tl.load(ids_ptr + slots, mask=inside, other=-1)
-        live = (ids >= 0) & (ids < E)
-        first = tl.where(live, tl.gather(base, tl.where(live, ids, 0), 0), live_rows + dead)
-        row = first + tl.load(places_ptr + slots, mask=inside, other=0)
-        tl.store(order_ptr + row, slots, mask=inside)
-        tl.store(index_ptr + slots, tl.where(live, row, -1), mask=inside)
+    for program in range(own, tl.minimum(programs, own + EACH)):
+        begin, end = range_of(program, per_sequence, ranges, per_range)
+        for block in range(begin, end, BLOCK):
+            slots = block + tl.arange(0, BLOCK)
+            inside = slots < end
+            ids = tl.load(ids_ptr + slots, mask=inside, other=-1)
+            live = (ids >= 0) & (ids < E)
+            first = tl.where(live, tl.gather(base, tl.where(live, ids, 0), 0), live_rows + dead)
+            row = first + tl.load(places_ptr + slots, mask=inside, other=0)
+            tl.store(order_ptr + row, slots, mask=inside)
+            tl.store(index_ptr + slots, tl.where(live, row, -1), mask=inside)
+        base += tl.load(counts_ptr + program * (E + 1) + lane, mask=lane < E, other=0)
+        dead += tl.load(counts_ptr + program * (E + 1) + E)

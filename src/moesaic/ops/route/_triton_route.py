@@ -38,16 +38,12 @@ def route_range(
     lane = tl.arange(0, LANES)
     SIZE: tl.constexpr = E // GROUPS
     expert, is_lane = expert_of(lane, E, SIZE, GROUP_LANES)
-    lanes = lane[None, :]
     k_lane = tl.arange(0, K_POW2)[None, :]
-    bias = tl.zeros((LANES,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + expert, mask=is_lane, other=0.0).to(tl.float32)
     running = tl.zeros((LANES,), tl.int32)
     dead_running = tl.zeros((), tl.int32)
     sums = tl.zeros((LANES,), tl.float32)
     squares = tl.zeros((), tl.float32)
-    for chunk in range(begin, end, BT):
+    for chunk in tl.range(begin, end, BT, disable_licm=True):  # what could be hoisted would not fit the registers
         token = chunk + tl.arange(0, BT)
         alive_t = token < end
         x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, SIZE, GROUP_LANES, LANES, PIECE)
@@ -80,8 +76,8 @@ def route_range(
             choice = e / total[:, None]
         else:
             choice = z  # softmax keeps the order
-        if HAS_BIAS:
-            choice = choice + bias[None, :]
+        if HAS_BIAS:  # loaded for each block: registers are scarcer
+            choice += tl.load(bias_ptr + expert, mask=is_lane, other=0.0).to(tl.float32)[None, :]
         choice = tl.where(x == NEG_INF, NEG_INF, choice)
         if GROUPS > 1:
             choice = keep_groups(choice, BT, LANES, GROUPS, GROUP_LANES, KEPT, TOP2, MASK_VALUE)
@@ -159,9 +155,11 @@ def _route_kernel(
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
     MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
-    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`route_range` for each range of each sequence."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # the second launch may come, and waits for the end of this one
     program = tl.program_id(0)
     begin, end = program, per_sequence
     if not SINGLE:
