@@ -74,7 +74,7 @@ def _cut(T: int, S: int, lanes: int, least: int = 1) -> _Cut:
     block = min(max(least, pow2(wanted)), most)
     per_range = max(1, min(ceil_div(wanted, block) * block, N))
     ranges = ceil_div(N, per_range)
-    threads = 512 if S * ranges == least else 256
+    threads = 512 if S * ranges == 1 and least == 1 else 256
     piece = max(min(lanes, 128, max(32, 4 * threads // block)), lanes // 8)
     return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * piece // 128)), piece)
 

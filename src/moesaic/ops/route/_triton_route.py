@@ -18,6 +18,7 @@ from ._triton_scores import (
     keep_groups,
     key_of,
     load_rows,
+    ranked,
     transform_logits,
     value_of,
 )  # fmt: skip
@@ -78,7 +79,7 @@ def route_range(
             choice = z  # softmax keeps the order
         if HAS_BIAS:  # loaded for each block: registers are scarcer
             choice += tl.load(bias_ptr + expert, mask=is_lane, other=0.0).to(tl.float32)[None, :]
-        choice = tl.where(x == NEG_INF, NEG_INF, choice)
+        choice = tl.where(x == NEG_INF, NEG_INF, ranked(choice))
         if GROUPS > 1:
             choice = keep_groups(choice, BT, LANES, GROUPS, GROUP_LANES, KEPT, TOP2, MASK_VALUE)
         want = tl.where(alive_t, K, 0)

@@ -9,6 +9,7 @@ TAKEN = tl.constexpr(-2147483648)  # no longer one
 NAN_KEY = tl.constexpr(-2139095040)  # NaN's: that of the lowest finite number
 NONE = tl.constexpr(0xFFFFFFFF)  # a choice that found no lane
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -129,9 +130,15 @@ def load_rows(
 
 
 @triton.jit
+def ranked(x):
+    """x with NaN as the lowest finite number: after every other, before -inf."""
+    return tl.where(x != x, LOWEST, x)
+
+
+@triton.jit
 def key_of(x):
-    """A float's place in order, with one zero; NaN is the lowest finite number's twin."""
-    bits = tl.where(x != x, -3.4028234663852886e38, x + 0.0).to(tl.int32, bitcast=True)
+    """A number's place in order, with one zero."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -210,7 +217,7 @@ def keep_groups(
         best = tl.max(grouped, 2)
     group = tl.arange(0, G)
     # a group of which nothing is left still ranks before the lanes that stand for no group
-    key = tl.where((group < GROUPS)[None, :], key_of(tl.maximum(best, -3.4028234663852886e38)), GONE)
+    key = tl.where((group < GROUPS)[None, :], key_of(tl.maximum(best, LOWEST)), GONE)
     want = tl.full((BT,), KEPT, tl.int32)
     _, _, _, keep = choose(key, want, key, BT, G, G, KEPT, 0, 0.0)
     masked = tl.where(keep[:, :, None] | (grouped == NEG_INF), grouped, MASK_VALUE)
