@@ -87,7 +87,7 @@ def _cut_slots(total: int) -> _Cut:
 
 
 def _lanes(E: int, groups: int = 1) -> tuple[int, int]:
-    """Lanes of a group and of all: at least 16, the least that a product takes."""
+    """Lanes of a group and of all, at least 16: four threads a row."""
     size = pow2(E // groups)
     return max(size, 16 // pow2(groups)), max(size, 16 // pow2(groups)) * pow2(groups)
 
