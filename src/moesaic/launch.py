@@ -68,6 +68,7 @@ class Launch:
 
     Args:
         constants: the compile-time arguments, which come last in the kernel's signature.
+        options: the compiler's and the launcher's, beside warps and stages.
 
     A launch is called with pointers (tensors of one device, None, or tensor maps; a tensor first) and numbers. From
     call to call, the pointers' dtypes, which of them are None, and the numbers that the kernel specialises on must not
@@ -77,10 +78,16 @@ class Launch:
     __slots__ = ("_entries", "constants", "grid", "kernel", "options")
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], constants: tuple, num_warps: int = 4, num_stages: int = 3
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        constants: tuple,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        **options: Any,
     ):
         self.kernel, self.grid, self.constants = kernel, grid, constants
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
         self._entries: dict[int, tuple[Any, Any, tuple]] = {}
 
     def __call__(self, pointers: tuple[Any, ...], numbers: tuple[int, ...] = ()) -> None:

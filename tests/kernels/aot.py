@@ -239,6 +239,17 @@ def router_kernels():
     yield "index", of_launch(route._index_launch(256, cut), types)
 
 
+def overlapping_kernels():
+    """The router's two launches where the second begins before the first has ended."""
+    f, i, n = "*fp32", "*i32", "i32"
+    ends = {"counts_ptr": i, "tokens_ptr": i, "offsets_ptr": i, "order_ptr": i, "index_ptr": i}
+    types = {"ids_ptr": i, "places_ptr": i, **ends, "per_sequence": n, "ranges": n, "per_range": n}
+    dtypes, config = (torch.float32, None), RouterConfig(8)
+    launch, _, slots = route._route_launch(dtypes, 32768, 128, 8, 128, 1, False, config, True)
+    yield "route, overlapping", of_launch(launch, types | {"logits_ptr": f, "weights_ptr": f, "stride_t": n})
+    yield "index, overlapping", of_launch(route._index_launch(128, slots, True), types | {"programs": n})
+
+
 def jobs(arch: str):
     """`(name, needs tensor cores, compile arguments)` of everything that is compiled for an architecture."""
     qwen, gpt, nemotron = (CASES[n] for n in ("qwen3-30b-a3b", "gpt-oss-120b", "nemotron-h"))
@@ -271,6 +282,8 @@ def jobs(arch: str):
     if arch in ("sm_80", "sm_90", "gfx942"):  # one of each kind: nothing in the router is made for more
         for name, arguments in router_kernels():
             yield name, False, arguments
+    if arch == "sm_90":
+        yield from ((name, False, arguments) for name, arguments in overlapping_kernels())
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...hardware import arch_of
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from ._triton_backward import _route_backward_kernel, _sparse_backward_kernel
 from ._triton_index import _count_kernel, _index_kernel
@@ -20,7 +21,11 @@ from ._triton_route import _gate_route_kernel, _route_kernel, _weigh_kernel
 from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
-RANGES = 132  # programs: each reads every range's counts, so that more of them would cost more than they hide
+SMS = 132
+FEWEST_ROWS = 4  # of a range of many
+FEW_ROWS = 2048  # of a backward
+OVERLAP = True  # the second launch with the first one's end, where a GPU can
+ROOM = 4096  # lanes of a block
 BLOCK = 128  # slots that are compared each with each
 
 
@@ -59,32 +64,30 @@ class _Cut:
         )
 
 
-def _cut(T: int, S: int, lanes: int, statistics: bool = False) -> _Cut:
-    """Swept on an H200 (2026-11-23, E = 128 and 256, T = 1 to 32768).
-
-    Eight threads a row, sixteen where a small block of wide rows leaves threads over; at most eight pieces a row. The
-    sums take registers too, and so does the triangle of block × block.
-    """
+def _cut(T: int, S: int, lanes: int, least: int = 1) -> _Cut:
+    """From one row a warp, for latency, to eight threads a row, which have the least to exchange: a thread then
+    holds 16 lanes, and two blocks of eight warps have an SM's registers."""
     N = T // S
-    most = min(64, max(16, (4096 if statistics else 8192) // lanes))
-    wanted = T if S == 1 and T <= 16 else ceil_div(T, RANGES)
-    block = min(max(16, pow2(wanted)), most)
+    most = max(least, min(64, ROOM // lanes))
+    ranges = SMS if T <= SMS * most else 2 * SMS
+    wanted = T if S == 1 and T <= min(16, most) else max(FEWEST_ROWS, ceil_div(T, ranges))
+    block = min(max(least, pow2(wanted)), most)
     per_range = max(1, min(ceil_div(wanted, block) * block, N))
     ranges = ceil_div(N, per_range)
-    piece = max(min(lanes, 64 if block == 16 and lanes >= 256 else 32), lanes // 8)
-    warps = min(8 if lanes <= 256 else 16, max(1, block * piece // 128))
-    return _Cut(N, ranges, per_range, S * ranges, block, warps, piece)
+    threads = 512 if S * ranges == 1 and least == 1 else 256
+    piece = max(min(lanes, 128, max(32, 4 * threads // block)), lanes // 8)
+    return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * piece // 128)), piece)
 
 
 def _cut_slots(total: int) -> _Cut:
-    per_range = max(1, ceil_div(ceil_div(total, RANGES), BLOCK)) * BLOCK
+    per_range = max(1, ceil_div(ceil_div(total, SMS), BLOCK)) * BLOCK
     ranges = ceil_div(total, per_range)
     block = BLOCK if ranges > 1 else max(16, pow2(total))
     return _Cut(total, ranges, per_range if ranges > 1 else total, ranges, block, 4)
 
 
 def _lanes(E: int, groups: int = 1) -> tuple[int, int]:
-    """Lanes of a group and of all: at least 16, the least that a product takes."""
+    """Lanes of a group and of all, at least 16: four threads a row."""
     size = pow2(E // groups)
     return max(size, 16 // pow2(groups)), max(size, 16 // pow2(groups)) * pow2(groups)
 
@@ -113,14 +116,21 @@ def _routing_constants(E: int, K: int, bias: torch.dtype | None, statistics: boo
     )  # fmt: skip
 
 
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Can a launch begin while the one before it ends (programmatic dependent launch)?"""
+    arch = arch_of(device)
+    return OVERLAP and arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
 @functools.lru_cache(maxsize=4096)
 def _route_launch(
-    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
+    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config, overlap: bool = False
 ) -> tuple[Launch, _Cut, _Cut]:
     """The launch, its cut, and the same of slots. Kept apart by all that the compiled kernel depends on: `dtypes` are
     those of logits and bias."""
-    cut = _cut(T, S, _lanes(E, config.num_groups)[1], statistics)
-    constants = _routing_constants(E, K, dtypes[1], statistics, cut, config)
+    cut = _cut(T, S, _lanes(E, config.num_groups)[1])
+    constants = (*_routing_constants(E, K, dtypes[1], statistics, cut, config), overlap and not cut.single)
     return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut, cut.of_slots(K)
 
 
@@ -130,7 +140,7 @@ def _weigh_launch(
 ) -> tuple[Launch, _Cut]:
     """The same for given ids; `dtypes` are those of logits and ids."""
     _, lanes = _lanes(E)
-    cut = _cut(T, S, lanes, statistics)
+    cut = _cut(T, S, lanes)
     constants = (E, K, pow2(K), lanes, *_scoring(config), statistics, cut.block)
     return Launch(_weigh_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
 
@@ -143,13 +153,15 @@ def _count_launch(dtype: torch.dtype, total: int, E: int) -> tuple[Launch, _Cut]
 
 
 @functools.lru_cache(maxsize=4096)
-def _index_launch(E: int, cut: _Cut) -> Launch:
+def _index_launch(E: int, cut: _Cut, overlap: bool = False) -> Launch:
     """`cut` is one of slots."""
     _, lanes = _lanes(E)
+    each = ceil_div(cut.programs, SMS)
     chunk = max(1, min(16384 // lanes, pow2(cut.programs)))
     block = min(2048, max(16, pow2(cut.per_range)))
     warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
-    return Launch(_index_kernel, (cut.programs, 1, 1), (E, lanes, chunk, block), warps)
+    constants, options = (E, lanes, chunk, block, each, overlap), {"launch_pdl": True} if overlap else {}
+    return Launch(_index_kernel, (ceil_div(cut.programs, each), 1, 1), constants, warps, **options)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,10 +172,14 @@ def _backward_launch(
     _, lanes = _lanes(E)
     scoring = _scoring(config)
     score, post, *_ = scoring
+    if not statistics and (score > 0 or post) and K <= 16:
+        # a row a warp for latency; four of them share one where there are many
+        piece = min(lanes, max(lanes // 8, 128 if T <= FEW_ROWS else 32))
+        warps = 1 if T <= SMS else 4
+        block = warps * max(1, 128 // piece)
+        constants = (E, K, lanes, *scoring, block, piece)
+        return Launch(_sparse_backward_kernel, (ceil_div(T, block), 1, 1), constants, warps), True
     block = max(1, 4096 // lanes)
-    if not statistics and (score > 0 or post):
-        constants = (E, K, pow2(K), lanes, *scoring, block)
-        return Launch(_sparse_backward_kernel, (ceil_div(T, block), 1, 1), constants), True
     piece = min(lanes, max(16, lanes // 4))
     constants = (E, K, lanes, *scoring, statistics, block, piece)
     return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants, 8), False
@@ -190,8 +206,8 @@ class _Tables:
     def finish(self, ids: Tensor) -> None:
         """The second launch, where one is needed."""
         if not self.cut.single:
-            numbers = (*self.cut.numbers, self.cut.programs)
-            _index_launch(self.E, self.cut)((ids, self.places, self.counts, *self.pointers), numbers)
+            launch, numbers = _index_launch(self.E, self.cut, _overlaps(ids.device)), self.cut.numbers
+            launch((ids, self.places, self.counts, *self.pointers), (*numbers, self.cut.programs))
 
 
 def expert_index(topk_ids: Tensor, num_experts: int):
@@ -219,7 +235,7 @@ def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_e
         return weights, *expert_index(ids, num_experts), sums, squares, torch.zeros_like(sums, dtype=torch.int32)
     if given is None:
         dtypes = (logits.dtype, None if bias is None else bias.dtype)
-        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config)
+        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config, _overlaps(logits.device))
     else:
         launch, cut = _weigh_launch((logits.dtype, given.dtype), T, E, K, stride, S, statistics, config)
     sums = squares = None
@@ -290,7 +306,7 @@ def _gate_launch(
     dtypes: tuple, T: int, E: int, H: int, stride_x: int, stride_w: int, config
 ) -> tuple[Launch, _Cut, int]:
     """Kept apart by all that the compiled kernel depends on: `dtypes` are those of x, the logits' bias and bias."""
-    cut = _cut(T, 1, _lanes(E, config.num_groups)[1])
+    cut = _cut(T, 1, _lanes(E, config.num_groups)[1], least=16)  # the least that its product takes
     block_n = 16 if E * H <= 1 << 19 else 32
     tiles = ceil_div(E, block_n)
     split = max(64, ceil_div(ceil_div(H, max(1, GATE_PROGRAMS // tiles)), 64) * 64)

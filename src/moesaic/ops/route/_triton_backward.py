@@ -9,45 +9,66 @@ from ._triton_scores import NEG_INF, derivative, elementwise, exp_rows, load_row
 @triton.jit(do_not_specialize=["T"])
 def _sparse_backward_kernel(
     grad_ptr, logits_ptr, ids_ptr, out_ptr, stride_t, T,
-    E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr,
-    POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr,
-    MULTIPLIER: tl.constexpr, CAP: tl.constexpr, BT: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr,
+    RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr,
+    CAP: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """The backward where only chosen logits get a gradient: zeros everywhere, then these over them."""
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    """The backward where only chosen logits get a gradient; few choices.
+
+    Every thread of a row reads all of its choices and keeps them to itself: nothing to exchange, nothing to wait for.
+    """
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
     alive_t = token < T
-    lane = tl.arange(0, LANES)[None, :]
-    out_row = out_ptr + token.to(tl.int64)[:, None] * E
-    tl.store(out_row + lane, tl.zeros((BT, LANES), out_ptr.dtype.element_ty), mask=alive_t[:, None] & (lane < E))
-    k_lane = tl.arange(0, K_POW2)[None, :]
-    slot = token[:, None] * K + k_lane
-    ids = tl.load(ids_ptr + slot, mask=alive_t[:, None] & (k_lane < K), other=-1)
-    live = ids >= 0
-    g = tl.load(grad_ptr + slot, mask=live, other=0.0).to(tl.float32) * SCALE
-    x = tl.load(logits_ptr + token.to(tl.int64)[:, None] * stride_t + ids, mask=live, other=NEG_INF).to(tl.float32)
-    z = transform_logits(x, MULTIPLIER, CAP)
-    if SCORE == 0:
-        e, _, total = exp_rows(z)
-        w = e / total[:, None]
-        dz = w * (g - tl.sum(g * w, 1)[:, None])
-    else:
-        w = tl.where(live, elementwise(z, SCORE), 0.0)
-        if RENORM:
-            whole = tl.sum(w, 1)
-            norm = tl.maximum(whole, MIN) + EPS
-            norm = tl.where(norm == 0, 1.0, norm)[:, None]
-            drag = tl.where(whole < MIN, 0.0, tl.sum(g * w, 1))[:, None] / norm
-            g = (g - drag) / norm
-        dz = tl.where(live, g * derivative(z, w, SCORE), 0.0)
-    if CAP > 0:
-        dz *= 1 - (z / CAP) * (z / CAP)
-    dz = tl.where(x == NEG_INF, 0.0, dz * MULTIPLIER)
-    total_dz = tl.zeros((BT, K_POW2), tl.float32)
-    for k in tl.range(0, K):  # ids from outside may repeat
-        mine = tl.sum(tl.where((k_lane == k) & live, ids + 1, 0), 1)[:, None] - 1
-        total_dz += tl.where(ids == mine, tl.sum(tl.where(k_lane == k, dz, 0.0), 1)[:, None], 0.0)
-    tl.debug_barrier()  # the zeros come first
-    tl.store(out_row + ids, total_dz.to(out_ptr.dtype.element_ty), mask=live)
+    ids, xs, gs = (), (), ()
+    for k in tl.static_range(K):
+        ids += (tl.load(ids_ptr + token * K + k, mask=alive_t, other=-1),)
+        gs += (tl.load(grad_ptr + token * K + k, mask=alive_t, other=0.0).to(tl.float32),)
+    top = tl.full((BT, 1), NEG_INF, tl.float32)
+    for k in tl.static_range(K):
+        x = tl.load(logits_ptr + token * stride_t + ids[k], mask=ids[k] >= 0, other=NEG_INF).to(tl.float32)
+        xs += (x,)
+        top = tl.maximum(top, transform_logits(x, MULTIPLIER, CAP))
+    top = tl.where(top == NEG_INF, 0.0, top)
+
+    # weights, their sum and that of what they get
+    ws = ()
+    whole = tl.zeros((BT, 1), tl.float32)
+    got = tl.zeros((BT, 1), tl.float32)
+    for k in tl.static_range(K):
+        z = transform_logits(xs[k], MULTIPLIER, CAP)
+        if SCORE == 0:
+            w = tl.exp(z - top)
+        else:
+            w = tl.where(ids[k] >= 0, elementwise(z, SCORE), 0.0)
+        ws += (w,)
+        whole += w
+        got += tl.where(ids[k] >= 0, gs[k] * w, 0.0)
+    norm = whole if SCORE == 0 else tl.maximum(whole, MIN) + EPS
+    norm = tl.where(norm == 0, 1.0, norm)
+    drag = got / norm
+    if SCORE > 0:
+        drag = tl.where(whole < MIN, 0.0, drag)
+    part = 1 / norm
+
+    # through the score
+    dzs = ()
+    for k in tl.static_range(K):
+        z = transform_logits(xs[k], MULTIPLIER, CAP)
+        if SCORE == 0:
+            dz = ws[k] * part * (gs[k] - drag)
+        elif RENORM:
+            dz = (gs[k] - drag) / norm * derivative(z, ws[k], SCORE)
+        else:
+            dz = gs[k] * derivative(z, ws[k], SCORE)
+        if CAP > 0:
+            dz *= 1 - (z / CAP) * (z / CAP)
+        dzs += (tl.where(xs[k] == NEG_INF, 0.0, dz * (MULTIPLIER * SCALE)),)
+    for first in tl.static_range(0, LANES, PIECE):
+        lane = first + tl.arange(0, PIECE)[None, :]
+        dx = tl.zeros((BT, PIECE), tl.float32)
+        for k in tl.static_range(K):  # ids from outside may repeat
+            dx += tl.where(lane == ids[k], dzs[k], 0.0)
+        tl.store(out_ptr + token * E + lane, dx.to(out_ptr.dtype.element_ty), mask=alive_t & (lane < E))
 
 
 @triton.jit(do_not_specialize=["T", "per_sequence"])

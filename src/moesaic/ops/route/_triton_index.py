@@ -17,27 +17,39 @@ def range_of(program, per_sequence, ranges, per_range):
 
 
 @triton.jit
-def number(taken, BT: tl.constexpr):
-    """For each token and lane, the lane's slots of earlier tokens; `taken` (BT, LANES) counts those of each token.
-
-    A product with a triangle of ones: exact, since a half holds integers to 2048 and the accumulator is fp32.
-    """
-    t = tl.arange(0, BT)
-    earlier = (t[:, None] > t[None, :]).to(tl.float16)
-    return tl.dot(earlier, taken.to(tl.float16), out_dtype=tl.float32).to(tl.int32)
+def _ones(x):
+    """The number of ones in each int32."""
+    x = x.to(tl.uint32, bitcast=True)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
-def pick(values, ids, K: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """`values[t, ids[t, k]]` in column k; anything where ids is negative."""
-    if LANES <= 256:
-        return tl.gather(values, tl.maximum(ids, 0), 1)
-    lanes, k_lane = tl.arange(0, LANES)[None, :], tl.arange(0, WIDTH)[None, :]
-    out = tl.zeros(ids.shape, values.dtype)
-    for k in tl.range(0, K):  # a gather's shuffles grow with the square of the lanes
-        mine = tl.sum(tl.where(k_lane == k, ids, 0), 1)
-        out = tl.where(k_lane == k, tl.sum(tl.where(lanes == mine[:, None], values, 0), 1)[:, None], out)
-    return out
+def takers(taken, BT: tl.constexpr, LANES: tl.constexpr):
+    """`((words, LANES), (LANES,))`: which tokens took a lane, a bit each; and how many."""
+    WORDS: tl.constexpr = (BT + 31) // 32
+    bit = 1 << (tl.arange(0, BT) % 32)
+    words = tl.sum(tl.reshape(tl.where(taken, bit[:, None], 0), (WORDS, BT // WORDS, LANES)), 1)
+    return words, tl.sum(_ones(words), 0)
+
+
+@triton.jit
+def places(words, running, ids, BT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """`running` at each id, and the earlier tokens of the block that took it too; anything where ids is negative.
+
+    In one dimension, a gather goes through shared memory: a shuffle for every register of a row would cost more.
+    """
+    WORDS: tl.constexpr = (BT + 31) // 32
+    t = tl.arange(0, BT)
+    flat = tl.reshape(tl.maximum(ids, 0), (BT * WIDTH,))
+    words = tl.reshape(words, (WORDS * LANES,))
+    place = tl.reshape(tl.gather(running, flat, 0), (BT, WIDTH))
+    for word in tl.static_range(WORDS):
+        earlier = tl.where(t // 32 > word, -1, tl.where(t // 32 == word, (1 << (t % 32)) - 1, 0))
+        mine = tl.reshape(tl.gather(words, flat + word * LANES, 0), (BT, WIDTH))
+        place += _ones(mine & earlier[:, None])
+    return place
 
 
 @triton.jit
@@ -97,31 +109,37 @@ def _count_kernel(
 def _index_kernel(
     ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr,
     per_sequence, ranges, per_range, programs,
-    E: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One range of slots: rows from their places, after the experts' starts and the earlier ranges' counts."""
-    program = tl.program_id(0)
+    """EACH ranges of slots: rows from their places, after the experts' starts and the earlier ranges' counts."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # launched before the first launch has ended
+    own = tl.program_id(0) * EACH
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES,), tl.int32)
     before = tl.zeros((LANES,), tl.int32)
     dead = tl.zeros((), tl.int32)
     for chunk in range(0, programs, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
-        inside, earlier = other < programs, other < program
+        inside, earlier = other < programs, other < own
         ptrs = counts_ptr + other[:, None] * (E + 1) + lane[None, :]
         counts = tl.load(ptrs, mask=inside[:, None] & (lane < E)[None, :], other=0)
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where(earlier[:, None], counts, 0), 0)
         dead += tl.sum(tl.load(counts_ptr + other * (E + 1) + E, mask=earlier, other=0), 0)
-    start, live_rows = starts(total, tokens_ptr, offsets_ptr, lane, (lane < E) & (program == 0), E)
+    start, live_rows = starts(total, tokens_ptr, offsets_ptr, lane, (lane < E) & (own == 0), E)
     base = start + before
-    begin, end = range_of(program, per_sequence, ranges, per_range)
-    for block in range(begin, end, BLOCK):
-        slots = block + tl.arange(0, BLOCK)
-        inside = slots < end
-        ids = tl.load(ids_ptr + slots, mask=inside, other=-1)
-        live = (ids >= 0) & (ids < E)
-        first = tl.where(live, tl.gather(base, tl.where(live, ids, 0), 0), live_rows + dead)
-        row = first + tl.load(places_ptr + slots, mask=inside, other=0)
-        tl.store(order_ptr + row, slots, mask=inside)
-        tl.store(index_ptr + slots, tl.where(live, row, -1), mask=inside)
+    for program in range(own, tl.minimum(programs, own + EACH)):
+        begin, end = range_of(program, per_sequence, ranges, per_range)
+        for block in range(begin, end, BLOCK):
+            slots = block + tl.arange(0, BLOCK)
+            inside = slots < end
+            ids = tl.load(ids_ptr + slots, mask=inside, other=-1)
+            live = (ids >= 0) & (ids < E)
+            first = tl.where(live, tl.gather(base, tl.where(live, ids, 0), 0), live_rows + dead)
+            row = first + tl.load(places_ptr + slots, mask=inside, other=0)
+            tl.store(order_ptr + row, slots, mask=inside)
+            tl.store(index_ptr + slots, tl.where(live, row, -1), mask=inside)
+        base += tl.load(counts_ptr + program * (E + 1) + lane, mask=lane < E, other=0)
+        dead += tl.load(counts_ptr + program * (E + 1) + E)

@@ -7,18 +7,18 @@ of a token's values live in one layout, a row of lanes, because a change of layo
 from __future__ import annotations
 
 from ...hardware import tl, triton
-from ._triton_index import number, pick, range_of, starts
+from ._triton_index import places, range_of, starts, takers
 from ._triton_scores import (
-    GONE,
     NAN_KEY,
     NEG_INF,
-    TAKEN,
+    choose,
     elementwise,
     exp_rows,
     expert_of,
     keep_groups,
     key_of,
     load_rows,
+    ranked,
     transform_logits,
     value_of,
 )  # fmt: skip
@@ -39,18 +39,12 @@ def route_range(
     lane = tl.arange(0, LANES)
     SIZE: tl.constexpr = E // GROUPS
     expert, is_lane = expert_of(lane, E, SIZE, GROUP_LANES)
-    lanes = lane[None, :]
-    # as wide as a piece of the rows, so that threads hold the same tokens of both
-    WIDTH: tl.constexpr = K_POW2 if K_POW2 > PIECE else PIECE
-    k_lane = tl.arange(0, WIDTH)[None, :]
-    bias = tl.zeros((LANES,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + expert, mask=is_lane, other=0.0).to(tl.float32)
+    k_lane = tl.arange(0, K_POW2)[None, :]
     running = tl.zeros((LANES,), tl.int32)
     dead_running = tl.zeros((), tl.int32)
     sums = tl.zeros((LANES,), tl.float32)
     squares = tl.zeros((), tl.float32)
-    for chunk in range(begin, end, BT):
+    for chunk in tl.range(begin, end, BT, disable_licm=True):  # what could be hoisted would not fit the registers
         token = chunk + tl.arange(0, BT)
         alive_t = token < end
         x = load_rows(logits_ptr, stride_t, token, alive_t, BT, E, SIZE, GROUP_LANES, LANES, PIECE)
@@ -59,6 +53,7 @@ def route_range(
         # score
         SOFTMAX: tl.constexpr = SCORE == 0 or SCORE == 3  # the probabilities are a softmax
         SCORED: tl.constexpr = not POST or ((HAS_BIAS or GROUPS > 1) and not ON_LOGITS)
+        p = z
         if (SCORE == 0 and SCORED) or RAGGED > 0 or STATISTICS:
             e, top, total = exp_rows(z)
         if SCORE > 0:
@@ -73,6 +68,7 @@ def route_range(
                 p = s / tl.where(s_total == 0, 1.0, s_total)[:, None]
 
         # choose
+        CHOICE_IS_Z: tl.constexpr = not HAS_BIAS and GROUPS == 1 and (SCORE == 0 or ON_LOGITS)
         if ON_LOGITS:
             choice = z
         elif SCORE > 0:
@@ -81,61 +77,36 @@ def route_range(
             choice = e / total[:, None]
         else:
             choice = z  # softmax keeps the order
-        # what a choice's weight is made from; with nothing added to it, the choice's key holds it
-        OF_LOGITS: tl.constexpr = SCORE == 0 or POST
-        SAME: tl.constexpr = not HAS_BIAS and GROUPS == 1 and (SCORE == 0 or ON_LOGITS == POST)
-        bits = (z if OF_LOGITS else s).to(tl.int32, bitcast=True)
-        if HAS_BIAS:
-            choice = choice + bias[None, :]
-        choice = tl.where(x == NEG_INF, NEG_INF, choice)
+        if HAS_BIAS:  # loaded for each block: registers are scarcer
+            choice += tl.load(bias_ptr + expert, mask=is_lane, other=0.0).to(tl.float32)[None, :]
+        choice = tl.where(x == NEG_INF, NEG_INF, ranked(choice))
         if GROUPS > 1:
             choice = keep_groups(choice, BT, LANES, GROUPS, GROUP_LANES, KEPT, TOP2, MASK_VALUE)
-        key = tl.where(is_lane[None, :], key_of(choice), GONE)
-        if RAGGED == 1:
-            mass = tl.zeros((BT,), tl.float32)
+        want = tl.where(alive_t, K, 0)
         if RAGGED == 2:
             away = tl.where(e > 0, e * (z - top[:, None]), 0.0)
             entropy = tl.log(total) - tl.sum(away, 1) / total
-            most = tl.where(entropy < THRESHOLD, 1, tl.where(entropy < 2 * THRESHOLD, 2, K))
-        ids = tl.full((BT, WIDTH), -1, tl.int32)
-        value = tl.zeros((BT, WIDTH), tl.float32)
-        for k in tl.range(0, K):
-            # two plain reductions of integers, for which NVIDIA's warps have an instruction
-            best = tl.max(key, 1)
-            here = tl.min(tl.where(key == best[:, None], lanes, LANES), 1)
-            found = best > TAKEN
-            if RAGGED == 1:
-                found = found & (mass < THRESHOLD)
-            if RAGGED == 2:
-                found = found & (k < most)
-            hit = (lanes == here[:, None]) & found[:, None]
-            if RAGGED == 1:
-                mass += tl.sum(tl.where(hit, p, 0.0), 1)
-            key = tl.where(hit, TAKEN, key)
-            put = (k_lane == k) & found[:, None]
-            ids = tl.where(put, here[:, None], ids)
-            if SAME:
-                mine = tl.where(best == NAN_KEY, float("nan"), value_of(best))
-            else:  # of one lane: a sum of integers, exact and quick
-                mine = tl.sum(tl.where(hit, bits, 0), 1).to(tl.float32, bitcast=True)
-            value = tl.where(put, mine[:, None], value)
-        taken = (key == TAKEN) & alive_t[:, None]
+            want = tl.minimum(want, tl.where(entropy < THRESHOLD, 1, tl.where(entropy < 2 * THRESHOLD, 2, K)))
+        ids, keys, number, taken = choose(key_of(choice), want, p, BT, LANES, K_POW2, K, RAGGED, THRESHOLD)
         slot = token[:, None] * K + k_lane  # row numbers are int32, so slots are
         inside = alive_t[:, None] & (k_lane < K)
         live = inside & (ids >= 0)
         at = tl.where(live, ids // GROUP_LANES * SIZE + ids % GROUP_LANES, -1)
         tl.store(ids_ptr + slot, at, mask=inside)
 
-        # weigh
+        # weigh the chosen logits
+        if CHOICE_IS_Z:
+            value = tl.where(keys == NAN_KEY, float("nan"), value_of(keys))
+        else:  # once more, from a cache near by
+            value = tl.load(logits_ptr + token.to(tl.int64)[:, None] * stride_t + at, mask=live, other=NEG_INF)
+            value = transform_logits(value.to(tl.float32), MULTIPLIER, CAP)
         if POST and SCORE == 0:
             w, _, total_taken = exp_rows(tl.where(live, value, NEG_INF))
             w = w / total_taken[:, None]
         elif SCORE == 0:
             w = tl.exp(value - top[:, None]) / total[:, None]
-        elif POST:
-            w = elementwise(value, SCORE)
         else:
-            w = value
+            w = elementwise(value, SCORE)
         w = tl.where(live, w, 0.0)
         if RENORM:
             norm = tl.maximum(tl.sum(w, 1), MIN) + EPS
@@ -143,12 +114,11 @@ def route_range(
         tl.store(weights_ptr + slot, w * SCALE, mask=inside)
 
         # number
-        count = taken.to(tl.int32)
-        counted = tl.sum(count, 0)
+        words, counted = takers(taken & alive_t[:, None], BT, LANES)
         if SINGLE:  # the first row of an expert is where its slots' numbers start
             running, dead_running = starts(counted, tokens_ptr, offsets_ptr, expert, is_lane, E)
-        place = pick(number(count, BT) + running[None, :], ids, K, LANES, WIDTH)
-        few = tl.where(alive_t, K - tl.sum(count, 1), 0)  # slots that found no expert
+        place = places(words, running, ids, BT, LANES, K_POW2)
+        few = tl.where(alive_t, K - number, 0)  # slots that found no expert
         dead = tl.sum(few, 0)
         first = tl.zeros((BT,), tl.int32)
         if dead > 0:
@@ -186,11 +156,15 @@ def _route_kernel(
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
     MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
-    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`route_range` for each range of each sequence."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # the second launch may come, and waits for the end of this one
     program = tl.program_id(0)
-    begin, end = range_of(program, per_sequence, ranges, per_range)
+    begin, end = program, per_sequence
+    if not SINGLE:
+        begin, end = range_of(program, per_sequence, ranges, per_range)
     route_range(
         logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
         tokens_ptr, offsets_ptr, order_ptr, index_ptr, stride_t, program, begin, end,

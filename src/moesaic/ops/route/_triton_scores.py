@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from ...hardware import tl, triton
 
-GONE = tl.constexpr(-2147483648)  # ranks below every key: never a candidate
-TAKEN = tl.constexpr(-2147483647)  # ... and no longer one
+GONE = tl.constexpr(-2139095041)  # the key of -inf: never a candidate
+TAKEN = tl.constexpr(-2147483648)  # no longer one
 NAN_KEY = tl.constexpr(-2139095040)  # NaN's: that of the lowest finite number
+NONE = tl.constexpr(0xFFFFFFFF)  # a choice that found no lane
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -128,18 +130,71 @@ def load_rows(
 
 
 @triton.jit
+def ranked(x):
+    """x with NaN as the lowest finite number: after every other, before -inf."""
+    return tl.where(x != x, LOWEST, x)
+
+
+@triton.jit
 def key_of(x):
-    """A float's place in order; NaN before every number but -inf, -inf out of the choice."""
-    gone = x == NEG_INF
-    x = tl.where(x != x, -3.4028234663852886e38, tl.where(x == 0, 0.0, x))  # the two zeros are one
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(gone, GONE, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    """A number's place in order, with one zero."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def value_of(key):
-    """The float of a key."""
+    """The number of a key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def choose(
+    key, want, p, BT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """`(lanes, keys, number, taken)`: the `want` highest keys of each row, the lower lane first where keys are equal.
+
+    Exact with one word a lane: its distance from the row's highest key, in units in the last place, before its lane.
+    What is further away than a word can say (128 lanes: a sixteenth of the highest) waits for the next window, which
+    starts at the highest key left; hardly any batch needs one. Words differ, so that a sweep is one minimum: of the
+    distances above the last choice, which wrap around for those taken before.
+    """
+    WINDOW: tl.constexpr = 4294967296 // LANES - 1
+    lanes = tl.arange(0, LANES)[None, :].to(tl.uint32)
+    column = tl.arange(0, WIDTH)[None, :]
+    ids = tl.full((BT, WIDTH), -1, tl.int32)
+    keys = tl.full((BT, WIDTH), GONE, tl.int32)
+    number = tl.zeros((BT,), tl.int32)
+    mass = tl.zeros((BT,), tl.float32)
+    base = tl.max(key, 1)
+    more = tl.full((), 1, tl.int32)
+    while more > 0:
+        # GONE is WINDOW below the lowest base, so that it is in no window
+        base = tl.maximum(base, GONE + WINDOW)
+        distance = (base[:, None] - key).to(tl.uint32, bitcast=True)
+        window = tl.where(number < want, WINDOW, 0).to(tl.uint32)[:, None]
+        word = tl.where(distance < window, distance * LANES + lanes, NONE)
+        next = tl.zeros((BT,), tl.uint32)
+        chosen = tl.full((BT, WIDTH), NONE, tl.uint32)
+        for _ in tl.range(0, K):
+            best = tl.where(number < want, tl.min(word - next[:, None], 1) + next, NONE)
+            found = best != NONE
+            chosen = tl.where(column == number[:, None], best[:, None], chosen)
+            number += found.to(tl.int32)
+            next = tl.where(found, best + 1, next)
+            if RAGGED == 1:  # until the choices' probabilities reach the threshold
+                mass += tl.sum(tl.where((word == best[:, None]) & found[:, None], p, 0.0), 1)
+                want = tl.where(mass < THRESHOLD, want, number)
+        key = tl.where(word < next[:, None], TAKEN, key)
+        new = chosen != NONE
+        ids = tl.where(new, (chosen % LANES).to(tl.int32), ids)
+        keys = tl.where(new, base[:, None] - (chosen // LANES).to(tl.int32), keys)
+        more = (tl.min(number - want, 0) < 0).to(tl.int32)
+        if more > 0:
+            base = tl.max(key, 1)
+            more = tl.max(((number < want) & (base > GONE)).to(tl.int32), 0)
+    return ids, keys, number, key == TAKEN
 
 
 @triton.jit
@@ -162,10 +217,8 @@ def keep_groups(
         best = tl.max(grouped, 2)
     group = tl.arange(0, G)
     # a group of which nothing is left still ranks before the lanes that stand for no group
-    key = tl.where((group < GROUPS)[None, :], key_of(tl.maximum(best, -3.4028234663852886e38)), GONE)
-    # all pairs at once: a group is kept when fewer than KEPT stand before it
-    mine, other = key[:, :, None], key[:, None, :]
-    ahead = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
-    keep = tl.sum(ahead.to(tl.int32), 2) < KEPT
+    key = tl.where((group < GROUPS)[None, :], key_of(tl.maximum(best, LOWEST)), GONE)
+    want = tl.full((BT,), KEPT, tl.int32)
+    _, _, _, keep = choose(key, want, key, BT, G, G, KEPT, 0, 0.0)
     masked = tl.where(keep[:, :, None] | (grouped == NEG_INF), grouped, MASK_VALUE)
     return tl.reshape(masked, (BT, LANES))
