@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +34,19 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def descriptor(t: Tensor, shape: Any, strides: Any, box: list[int]) -> Any:
-    """A tensor map over memory that starts at t: `shape` and `strides` in elements, `box` what one access moves."""
-    return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor(t, shape, strides, box)
+class TensorMap(NamedTuple):
+    """Memory from t on as an array of `shape` and `strides`, in elements; one access moves a `box`."""
+
+    t: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def descriptor(self) -> Any:
+        """What Triton takes, and encodes anew at every call."""
+        t, *rest = self
+        made = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+        return made(t, *map(list, rest))
 
 
 @functools.cache
@@ -50,17 +62,26 @@ def _watched(knobs: Any) -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
-def _entry(compiled: Any) -> tuple[Any, tuple]:
-    """`(call, middle)` such that `call(x, y, z, stream, *middle, *arguments)` launches a compiled kernel.
+def _entry(compiled: Any) -> tuple[Any, tuple, Callable | None]:
+    """`(call, middle, encode)` such that `call(x, y, z, stream, *middle, *arguments)` launches a compiled kernel.
 
-    On NVIDIA with Triton 3.6 and no scratch memory that is the generated C function itself.
+    On NVIDIA with Triton 3.6 and no scratch memory that is the generated C function itself. It takes a tensor map as
+    several arguments, which `encode(n, descriptor)` makes of the kernel's n-th; None where Triton's own call does it.
     """
     run, hooks = compiled.run, (None, None, None)
     if hardware.triton.__version__.startswith("3.6.") and hasattr(run, "launch_pdl"):
         if run.global_scratch_size == run.profile_scratch_size == 0:
             flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
-            return run.launch, (compiled.function, *flags, compiled.packed_metadata, *hooks)
-    return run, (compiled.function, compiled.packed_metadata, *hooks)
+            call, encode, metas = run.launch, None, getattr(compiled.metadata, "tensordesc_meta", None)
+            wrapped = inspect.getclosurevars(call).nonlocals.get("launcher") if inspect.isfunction(call) else None
+            if metas and wrapped is not None:
+                call, module = wrapped, importlib.import_module("triton.backends.nvidia.driver")
+
+                def encode(n: int, descriptor: Any) -> list:
+                    return module.make_tensordesc_arg(descriptor, metas[n])
+
+            return call, (compiled.function, *flags, compiled.packed_metadata, *hooks), encode
+    return run, (compiled.function, compiled.packed_metadata, *hooks), None
 
 
 class Launch:
@@ -75,7 +96,7 @@ class Launch:
     change; numbers that do change must be in its `do_not_specialize` and below 2^31.
     """
 
-    __slots__ = ("_entries", "constants", "grid", "kernel", "options")
+    __slots__ = ("_entries", "_maps", "constants", "grid", "kernel", "options")
 
     def __init__(
         self,
@@ -88,11 +109,12 @@ class Launch:
     ):
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-        self._entries: dict[int, tuple[Any, Any, tuple]] = {}
+        self._entries: dict[int, tuple[Any, Any, tuple, Callable | None]] = {}
+        self._maps: dict[tuple, list] = {}
 
     def __call__(self, pointers: tuple[Any, ...], numbers: tuple[int, ...] = ()) -> None:
         if _INTERPRETING:
-            self.kernel[self.grid](*pointers, *numbers, *self.constants)
+            self.kernel[self.grid](*_for_triton(pointers), *numbers, *self.constants)
             return
         device = pointers[0].get_device()
         if device != torch._C._cuda_getDevice():
@@ -102,24 +124,42 @@ class Launch:
             self._launch(device, pointers, numbers)
 
     def _launch(self, device: int, pointers: tuple[Any, ...], numbers: tuple[int, ...]) -> None:
-        entry = self._entries.get(device)
+        entry, knobs = self._entries.get(device), _knobs()
         # plain addresses spare the C side a method call and a driver's question each
-        addresses, bits = [], 0
+        arguments, bits, maps = [], 0, 0
         for pointer in pointers:
             if isinstance(pointer, Tensor):
                 address = pointer.data_ptr()
                 bits |= address
+                arguments.append(address)
+            elif pointer is None:
+                arguments.append(None)
             else:
-                address = pointer
-            addresses.append(address)
+                arguments += self._encoded(entry, maps, pointer)
+                maps += 1
         aligned = not bits & 15  # which a compiled kernel relies on
         if entry is None or not aligned:
-            compiled = self.kernel[self.grid](*pointers, *numbers, *self.constants, **self.options)
+            compiled = self.kernel[self.grid](*_for_triton(pointers), *numbers, *self.constants, **self.options)
             if aligned:
                 self._entries[device] = (compiled, *_entry(compiled))
-        elif (knobs := _knobs()) is None or _watched(knobs):
-            entry[0][self.grid](*pointers, *numbers, *self.constants)
+        elif knobs is None or _watched(knobs) or (maps and entry[3] is None):
+            entry[0][self.grid](*_for_triton(pointers), *numbers, *self.constants)
         else:
-            _, call, middle = entry
+            _, call, middle, _ = entry
             stream = torch._C._cuda_getCurrentRawStream(device)
-            call(*self.grid, stream, *middle, *addresses, *numbers, *self.constants)
+            call(*self.grid, stream, *middle, *arguments, *numbers, *self.constants)
+
+    def _encoded(self, entry: tuple | None, n: int, tensor_map: TensorMap) -> list:
+        """The n-th map as arguments; those of the last calls are kept, by address."""
+        if entry is None or entry[3] is None:
+            return []
+        key = (n, tensor_map.t.data_ptr(), *tensor_map[1:])
+        if key not in self._maps:
+            if len(self._maps) >= 64:
+                self._maps.clear()
+            self._maps[key] = entry[3](n, tensor_map.descriptor())
+        return self._maps[key]
+
+
+def _for_triton(pointers: tuple[Any, ...]) -> list:
+    return [p.descriptor() if isinstance(p, TensorMap) else p for p in pointers]

@@ -14,7 +14,7 @@ from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
 from ...launch import Launch, pow2, unit_rows
 from ..grouped_matmul import _triton as products
-from ..permute._triton import unpermute
+from ..permute._triton import permute, unpermute
 
 
 def why_not(problem) -> str | None:
@@ -47,8 +47,14 @@ def fused_experts(
     x, b_gate_up, b_down = unit_rows(x), _packed(b_gate_up), _packed(b_down)
     hidden = x.new_empty((R, act.width(I))) if problem.training else None
     tiles = products.TileTable(expert_offsets, R)
+    rows, gather = x, row_order
+    # with weights stored input-major gathering was measured to cost 2% only
+    if not problem.transposed and products.sorts(
+        problem.arch, x.dtype, R, tiles.experts, act.width(I), H, I, x.shape[0]
+    ):
+        rows, gather = permute(x, row_order, expert_offsets, K), None
     a = products.gemm(
-        x, w_gate_up, problem.transposed, tiles, problem, N=I, K=H, gather=row_order, top_k=K, bias=b_gate_up,
+        rows, w_gate_up, problem.transposed, tiles, problem, N=I, K=H, gather=gather, top_k=K, bias=b_gate_up,
         activation=act, hidden=hidden, config=up,
     )  # fmt: skip
     y = products.gemm(a, w_down, problem.transposed, tiles, problem, N=H, K=I, bias=b_down, config=down)

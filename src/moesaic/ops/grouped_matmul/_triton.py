@@ -18,10 +18,10 @@ from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from . import _triton_tma
-from ._configs import Config, Product, configs, gemm_config, same_bits, wgrad_config
+from ._configs import Config, Product, configs, gemm_config, same_bits, sorts_first, wgrad_config
 from ._tiles import TileTable, epilogue
 
-__all__ = ["Config", "TileTable", "choose", "configs", "gemm", "padding", "wgrad"]  # what `experts` composes
+__all__ = ["Config", "TileTable", "choose", "configs", "gemm", "padding", "sorts", "wgrad"]  # what `experts` composes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -251,6 +251,12 @@ def choose(
     if batch_invariant and not same_bits(arch, dtype):
         rows = sources = 64 * E
     return gemm_config(arch, dtype, Product(rows, E, width, K, N, sources))
+
+
+@functools.lru_cache(maxsize=4096)
+def sorts(arch: str, dtype: torch.dtype, rows: int, E: int, width: int, K: int, N: int, sources: int) -> bool:
+    """Should rows be copied into their order before this product? See `sorts_first`."""
+    return dtype != torch.float32 and sorts_first(arch, Product(rows, E, width, K, N, sources))
 
 
 def gemm(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import sm_count, tl, triton
-from ...launch import Launch, ceil_div, descriptor, pow2
+from ...launch import Launch, TensorMap, ceil_div, pow2
 from ._tiles import TileTable, decode, epilogue
 
 
@@ -148,22 +148,22 @@ def why_not(x: Tensor, w: Tensor, N: int, K: int) -> str | None:
     return None
 
 
-def _weight_map(w: Tensor, transposed: bool, joined: bool, N: int, K: int, config):
+def _weight_map(w: Tensor, transposed: bool, joined: bool, N: int, K: int, c) -> TensorMap:
     """A box is one expert's BLOCK_N × BLOCK_K weights; of `joined` ones half are gate and half up columns."""
     we, w1, _ = w.stride()
-    n, k = config.block_n, config.block_k
+    n, k, E = c.block_n, c.block_k, w.shape[0]
     if not joined:
-        return descriptor(w, w.shape, w.stride(), [1, k, n] if transposed else [1, n, k])
+        return TensorMap(w, tuple(w.shape), w.stride(), (1, k, n) if transposed else (1, n, k))
     if transposed:
-        return descriptor(w, [w.shape[0], K, 2, N], [we, w1, N, 1], [1, k, 2, n // 2])
-    return descriptor(w, [w.shape[0], 2, N, K], [we, N * w1, w1, 1], [1, 2, n // 2, k])
+        return TensorMap(w, (E, K, 2, N), (we, w1, N, 1), (1, k, 2, n // 2))
+    return TensorMap(w, (E, 2, N, K), (we, N * w1, w1, 1), (1, 2, n // 2, k))
 
 
-def _row_map(rows: Tensor, block_m: int, columns: int):
-    """Rows to store, of which `store_rows` names the end."""
-    (_, width), stride, big = rows.shape, rows.stride(0), 0x7FFF0000
-    strides = [2**34 - stride, stride, stride, 1]
-    return descriptor(rows, [big, big, 1 << 30, width], strides, [1, 1, block_m, columns])
+def _row_map(rows: Tensor, block_m: int, columns: int) -> TensorMap:
+    """Rows to load or store, of which `load_rows` and `store_rows` name the end."""
+    width, stride, big = rows.shape[1], rows.stride(0), 0x7FFF0000
+    shape, strides = (big, big, 1 << 30, width), (2**34 - stride, stride, stride, 1)
+    return TensorMap(rows, shape, strides, (1, 1, block_m, columns))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -80,13 +80,19 @@ def _block(H: int) -> int:
     return min(2048, max(16, triton.next_power_of_2(H)))
 
 
+@functools.lru_cache(maxsize=4096)
+def _permute_launch(dtype: torch.dtype, R: int, H: int, top_k: int, stride: int) -> Launch:
+    block = _block(H)
+    return Launch(_permute_kernel, (R, -(-H // block), 1), (H, top_k, block))
+
+
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
     R, H, x = row_order.shape[0], x.shape[1], unit_rows(x)
-    out = torch.empty(R, H, dtype=x.dtype, device=x.device)
+    out = x.new_empty((R, H))
     if out.numel():
-        block = _block(H)
-        launch = Launch(_permute_kernel, (R, triton.cdiv(H, block), 1), (H, top_k, block))
-        launch((x, row_order, expert_offsets[-1:], out), (x.stride(0),))
+        stride = x.stride(0)
+        launch = _permute_launch(x.dtype, R, H, top_k, stride)
+        launch((x, row_order, expert_offsets[-1:], out), (stride,))
     return out
 
 
