@@ -35,25 +35,28 @@ def gpu_table(record: dict) -> str:
     by_cell = cells(record)
     both = any("moesaic" in by and by["moesaic"].get("sustained") for by in by_cell.values())
     dense = any("moesaic" in by and by["moesaic"].get("dense") for by in by_cell.values())
+    there = {peer for by in by_cell.values() for peer in by}
+    titles = {peer: title for peer, title in TITLES.items() if peer in there}
     heads = ["best other ÷ moesaic", *["share of the dense bound"] * dense]
     heads = [f"{head}{', burst / sustained' * both}" for head in heads]
-    heads = ["layer", "T", *TITLES.values(), *heads, "error: moesaic, vLLM"]
+    heads = ["layer", "T", *titles.values(), *heads, "error: moesaic, vLLM"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (shape, _, tokens), by in by_cell.items():
         protocols = [by, {p: row["sustained"] for p, row in by.items()}] if both else [by]
-        ratios = [f"{best_other(figures) / figures['moesaic']['ms']:.2f}×" for figures in protocols]
+        others = [best_other(figures) for figures in protocols]
+        ratios = [f"{o / f['moesaic']['ms']:.2f}×" if o else "–" for o, f in zip(others, protocols, strict=True)]
         shares = [f"{figures['moesaic']['dense']:.0%}" for figures in protocols] if dense else []
         lines.append("| " + " | ".join([
-            shape, str(tokens), *(f"{by[p]['ms']:.3g}" if p in by else "–" for p in TITLES),
+            shape, str(tokens), *(f"{by[p]['ms']:.3g}" if p in by else "–" for p in titles),
             " / ".join(ratios), *([" / ".join(shares)] if dense else []),
-            f"{by['moesaic']['error']:.1e}, {by['vllm']['error']:.1e}",
+            ", ".join(f"{by[p]['error']:.1e}" if p in by else "–" for p in ("moesaic", "vllm")),
         ]) + " |")  # fmt: skip
     return "\n".join(lines)
 
 
-def best_other(figures: dict[str, dict]) -> float:
-    """The fastest peer's milliseconds, of one protocol's figures by candidate."""
-    return min(f["ms"] for p, f in figures.items() if p not in ("moesaic", "dense_bmm"))
+def best_other(figures: dict[str, dict]) -> float | None:
+    """The fastest peer's milliseconds, of one protocol's figures by candidate; None where none could run."""
+    return min((f["ms"] for p, f in figures.items() if p not in ("moesaic", "dense_bmm")), default=None)
 
 
 def cpu_table(records: list[dict]) -> str:
@@ -85,9 +88,10 @@ def router_table(record: dict) -> str:
             kind += ", backward" if row["what"] == "backward" else ""
             cells.setdefault((kind, row["tokens"]), {})[row["peer"]] = row["us"]
     for (kind, tokens), us in sorted(cells.items(), key=lambda cell: ("backward" in cell[0][0], cell[0][0][0] == "g")):
-        best = min(v for n, v in us.items() if n != "moesaic") / us["moesaic"]
+        best = min((v for n, v in us.items() if n != "moesaic"), default=None)
         times = " | ".join(f"{us[n]:.1f}" if n in us else "–" for n in names)
-        lines.append(f"| {kind} | {tokens} | {times} | {best:.2f}× |")
+        ratio = f"{best / us['moesaic']:.2f}×" if best else "–"
+        lines.append(f"| {kind} | {tokens} | {times} | {ratio} |")
     return "\n".join(lines)
 
 
@@ -112,6 +116,8 @@ def render(readme: str) -> str:
     """The README with its generated parts made anew."""
     gpu = load("h200", "forward")
     parts = {"h200": f"{conditions(gpu)}\n\n{gpu_table(gpu)}"}
+    clocks = load("h200", "forward-clocks")
+    parts["clocks"] = f"{conditions(clocks)}\n\n{gpu_table(clocks)}"
     router = load("h200", "router")
     parts["router"] = router_table(router)
     if list((RESULTS / "epyc").glob("*-forward.json")):

@@ -141,13 +141,13 @@ def gemm_config(arch: str, dtype: torch.dtype, product: Product) -> Config:
 def sorts_first(arch: str, product: Product) -> bool:
     """Is it worth copying gathered rows into their order, so that the product may load them as tiles?
 
-    Gathering costs the product 7.5% where arithmetic bounds it (H200, 2026-11-23: 7.2 to 9.2% on four models), the copy
-    a read and a write of the rows.
+    Gathering costs the product 7.5% where arithmetic bounds it, the copy a read and a write of the rows at 2.5 TB/s
+    (H200, 2026-11-23, four models): it pays for wide weights, as Mixtral's.
     """
     if arch != "sm_90" or not product.gathered or product.rows_per_expert < 256:
         return False
     gather = 0.075 * 2 * product.rows * product.width * product.depth / PEAK_TFLOPS / 1e6
-    return gather > 2 * (product.rows + product.sources) * product.depth / 4.2e6
+    return gather > 2 * (product.rows + product.sources) * product.depth / 2.5e6
 
 
 def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
