@@ -75,13 +75,14 @@ def _entry(compiled: Any) -> tuple[Any, tuple, Callable | None]:
             call, encode, metas = run.launch, None, getattr(compiled.metadata, "tensordesc_meta", None)
             wrapped = inspect.getclosurevars(call).nonlocals.get("launcher") if inspect.isfunction(call) else None
             if metas and wrapped is not None:
-                call, module = wrapped, importlib.import_module("triton.backends.nvidia.driver")
-
-                def encode(n: int, descriptor: Any) -> list:
-                    return module.make_tensordesc_arg(descriptor, metas[n])
-
+                call, driver = wrapped, importlib.import_module("triton.backends.nvidia.driver")
+                encode = functools.partial(_encode, driver, metas)
             return call, (compiled.function, *flags, compiled.packed_metadata, *hooks), encode
     return run, (compiled.function, compiled.packed_metadata, *hooks), None
+
+
+def _encode(driver: Any, metas: Any, n: int, descriptor: Any) -> list:
+    return driver.make_tensordesc_arg(descriptor, metas[n])
 
 
 class Launch:

@@ -92,8 +92,8 @@ def _fake(rows, w, expert_offsets, bias, transposed, *_):
 
 
 def _call_backward(grad, rows, w, expert_offsets, bias, *rest):
-    *options, needs, implementation = rest
-    module, problem = _select(rows, w, bias, *options, implementation)
+    transposed, allow_tf32, batch_invariant, needs, implementation = rest
+    module, problem = _select(rows, w, bias, transposed, allow_tf32, batch_invariant, implementation)
     return module.grouped_matmul_backward(grad, rows, w, expert_offsets, bias, problem, needs)
 
 

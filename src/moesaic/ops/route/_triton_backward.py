@@ -1,5 +1,7 @@
 """Kernels of the router's backward: gradients of the logits in one pass, from the chosen ones alone or from all."""
 
+# pyright: reportOperatorIssue=false
+# (Triton's tuples grow in an unrolled loop; to a type checker they stay empty)
 from __future__ import annotations
 
 from ...hardware import tl, triton
