@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moesaic
 from moesaic import RouterConfig, route
 from moesaic.nn import PRESETS, Experts, MoE, MoEConfig, Router, split_experts
+from moesaic.nn import modules as nn_modules
 from moesaic.testing import STAGES, assert_close, bounds, error_report
 
 SMALL = dict(hidden_size=64, intermediate_size=48, num_experts=16)
@@ -266,6 +267,52 @@ def test_weights_on_the_input(top_k):
     assert not y[4].any()
     for t in (t for t in range(10) if t != 4):
         close(y[t], sum(expert(layer, ids[t, k], best[t, k].sigmoid() * x[t]) for k in range(top_k)))
+
+
+# fields, and whether the shared output goes in as a residual: not where something is applied to the routed sum alone
+SHARED = {
+    "plain": (dict(), True),
+    "gated": (dict(shared_gated=True), True),
+    "weighed": (dict(score="sigmoid", shared_logits=2, num_shared_experts=2), True),
+    "beside experts without matrices": (dict(zero_experts=1, identity_experts=2, constant_experts=2, top_k=4), True),
+    "input, one choice": (dict(weight_on_input=True, top_k=1, order="post", score="sigmoid"), True),
+    "input, three choices": (dict(weight_on_input=True, top_k=3, order="post", score="sigmoid"), False),
+    "routed scale": (dict(routed_scale=2.5), False),
+    "routed scale beside experts without matrices": (dict(routed_scale=2.5, identity_experts=3, top_k=4), False),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_output_is_the_residual_of_the_routed_ones(name, monkeypatch):
+    fields, inside = SHARED[name]
+    layer = layer_of(**{"num_shared_experts": 1, **fields}).double()
+    x, direction = torch.randn(3, 7, 16).double(), torch.randn(3, 7, 16).double()
+    routed = copy.deepcopy(layer)
+    routed.shared_experts = None  # the same routing and the same routed sum, and nothing added
+
+    def by_hand(x):
+        y, tokens = routed(x), x.reshape(-1, 16)
+        shared = layer.shared_experts(tokens, layer.gate(tokens).shared_weights)
+        if layer.shared_expert_gate is not None:
+            shared = torch.sigmoid(layer.shared_expert_gate(tokens)) * shared
+        return y + shared.view(x.shape)
+
+    given, operator = [], nn_modules.fused_experts
+
+    def recorded(*args, residual=None, **options):
+        given.append(residual)
+        return operator(*args, residual=residual, **options)
+
+    monkeypatch.setattr(nn_modules, "fused_experts", recorded)
+    leaf, other = (x.clone().requires_grad_() for _ in range(2))
+    y, want = layer(leaf), by_hand(other)
+    assert [r is not None for r in given] == [inside, False]
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-13)
+    assert layer.shared_experts(x).abs().max() > 0.1  # it matters
+    parameters = list(layer.shared_experts.parameters())
+    got = torch.autograd.grad((y * direction).sum(), [leaf, *parameters])
+    for a, b in zip(got, torch.autograd.grad((want * direction).sum(), [other, *parameters]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_shared_activation():

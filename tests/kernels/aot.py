@@ -178,8 +178,15 @@ def small_kernels(case, dtype=torch.bfloat16):
         case.intermediate_size,
     )
     forward, backward = act.device
-    yield "combine", permute._combine_kernel, {"rows_ptr": p, "row_index_ptr": i, "weights_ptr": f, "out_ptr": p,
-        "stride_rows": "i32"}, {"H": H, "TOP_K": K, "WEIGHTED": True, "BLOCK": 1024}  # fmt: skip
+    combine = {"rows_ptr": p, "row_index_ptr": i, "weights_ptr": f, "out_ptr": p, "stride_rows": "i32"}
+    sizes = {"H": H, "TOP_K": K, "WEIGHTED": True, "BLOCK": 1024}
+    for residual in (False, True):
+        more = {"stride_residual": "i32"} | ({"residual_ptr": p} if residual else {})
+        absent = {} if residual else {"residual_ptr": None}
+        yield (
+            "combine" + ", residual" * residual, permute._combine_kernel, combine | more,
+            sizes | absent | {"RESIDUAL": residual},
+        )  # fmt: skip
     yield "activation backward", experts._activation_backward_kernel, {"da_ptr": p, "hidden_ptr": p, "weights_ptr": f,
         "grad_ptr": p, "row_order_ptr": i, "offsets_ptr": i, "dh_ptr": p, "scaled_ptr": p, "dweights_ptr": f,
         "stride_grad": "i32"}, {"b_down_ptr": None, "H": H, "I": I, "E": E, "E_POW2": pow2(E), "TOP_K": K,

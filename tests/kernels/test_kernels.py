@@ -434,7 +434,10 @@ def op_calls(device, implementation):
     layer = [args[k] for k in ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")]
     options = ("swiglu_oai", 1.702, 7.0, True, True, False, False)
     config = RouterConfig(2).core()
-    yield ops.fused_experts, (*layer, *tables, *options, True, implementation)
+    for residual in (None, leaf(5, 17)):
+        yield ops.fused_experts, (*layer, *tables, residual, *options, True, implementation)
+    # only the residual has a gradient, and nothing is kept for the others
+    yield ops.fused_experts, (*(t.detach() for t in layer), *tables, leaf(5, 17), *options, False, implementation)
     hidden = torch.randn(10, 16, device=device)
     plain = [t.detach() for t in layer]
     yield (

@@ -45,6 +45,21 @@ def layer(**changes):
         (dict(b_gate_up=torch.ones(4, 15)), "b_gate_up must have shape"),
         (dict(b_down=torch.ones(3, 16)), "b_down must have shape"),
         (dict(b_down=torch.ones(4, 16).half()), "b_down must have the dtype of x"),
+        (
+            dict(residual=torch.ones(5, 15)),
+            r"residual must have shape \(5, 16\), got \(5, 15\); one row for each token",
+        ),
+        (dict(residual=torch.ones(1, 16)), r"residual must have shape \(5, 16\), got \(1, 16\)"),
+        (dict(residual=torch.ones(16)), r"residual must have shape \(5, 16\), got \(16,\)"),
+        (
+            dict(residual=torch.ones(5, 16).half()),
+            r"residual must have the dtype of x \(torch.float32\), got torch.float16",
+        ),
+        (dict(residual=torch.ones(5, 16, dtype=torch.int64)), "residual must have the dtype of x"),
+        (
+            dict(residual=torch.empty(5, 16, device=META)),
+            r"residual must have the device of x \(cpu\), got meta; convert",
+        ),
     ],
 )
 def test_fused_experts(changes, message):

@@ -188,12 +188,12 @@ class Experts(nn.Module):
             if self.config.expert_bias:
                 getattr(self, f"{name}_bias").zero_()
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """`x (T, H) -> (T, H)`: every token through its experts, summed with the routing weights."""
+    def forward(self, x: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
+        """`x (T, H) -> (T, H)`: every token through its experts, summed with the routing weights, onto `residual`."""
         return fused_experts(
             x, getattr(self, self.first), self.down_proj, routing, activation=self.config.activation,
             b_gate_up=getattr(self, f"{self.first}_bias"), b_down=self.down_proj_bias, layout=self.config.layout,
-            transposed=self.config.transposed,
+            transposed=self.config.transposed, residual=residual,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -313,33 +313,38 @@ class MoE(nn.Module):
         routing = self.gate(tokens, **choice)
         self.losses = self._losses(routing)
         self.routing = _detached(routing)
-        y = self._routed(tokens, routing)
+        shared = None
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens, routing.shared_weights)
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
-            y = y + shared
-        return y.view(x.shape)
+        return self._routed(tokens, routing, shared).view(x.shape)
 
-    def _routed(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """What the chosen experts give, with matrices and without."""
+    def _routed(self, tokens: Tensor, routing: Routing, shared: Tensor | None) -> Tensor:
+        """What the chosen experts give, with matrices and without, and the shared ones' part."""
         c = self.config
-        y = self._of_weighted(tokens, routing) if c.weight_on_input else self.experts(tokens, routing)
+        # a factor of the routed sum alone must not meet the shared part, and K partial sums would each add it
+        apart = c.routed_scale != 1.0 or (c.weight_on_input and routing.top_k > 1)
+        residual = None if apart else shared
+        y = (self._of_weighted if c.weight_on_input else self.experts)(tokens, routing, residual)
         if routing.identity_weight is not None:
             y = y + routing.identity_weight[:, None].to(y.dtype) * tokens
         if routing.constant_weights is not None:
             assert self.constants is not None
             y = y + routing.constant_weights.to(y.dtype) @ self.constants.to(y.dtype)
-        return y if c.routed_scale == 1.0 else y * c.routed_scale
+        if c.routed_scale != 1.0:
+            y = y * c.routed_scale
+        return y if shared is residual else y + shared
 
-    def _of_weighted(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """`sum_k expert_k(w_k · x)`: a token becomes K, each with one choice of weight 1."""
+    def _of_weighted(self, tokens: Tensor, routing: Routing, residual: Tensor | None) -> Tensor:
+        """`sum_k expert_k(w_k · x)`: a token becomes K, each with one choice of weight 1; K = 1 takes a residual."""
         K, weights = routing.top_k, routing.topk_weights
         assert weights is not None
         rows = (tokens[:, None] * weights[..., None].to(tokens.dtype)).flatten(0, 1)
         ones = torch.ones_like(weights).view(-1, 1)
         if K == 1:
-            return self.experts(rows, dataclasses.replace(routing, topk_weights=ones))
+            return self.experts(rows, dataclasses.replace(routing, topk_weights=ones), residual)
+        assert residual is None
         single = Routing.from_topk(ones, routing.topk_ids.view(-1, 1), routing.num_experts)
         return self.experts(rows, single).view(-1, K, tokens.shape[1]).sum(1)
 

@@ -35,6 +35,7 @@ def fused_experts(
     b_gate_up: Tensor | None = None,
     b_down: Tensor | None = None,
     weights: Tensor | None = _FROM_ROUTING,
+    residual: Tensor | None = None,
     reduce: str = "weighted_sum",
     layout: str = "concatenated",
     transposed: bool = False,
@@ -45,6 +46,7 @@ def fused_experts(
     """Run every token through its experts: `y[t] = sum_k w[t,k] · down_e(act(gate_up_e(x[t])))`, e = topk_ids[t,k].
 
     `gate_up_e(v) = W_gate_up[e] v + b_gate_up[e]`, split into gate and up; `down_e(a) = W_down[e] a + b_down[e]`.
+    With a residual, `y[t] = residual[t] + sum_k ...`.
 
     Args:
         x: `(T, H)`, bf16, fp16 or fp32 (fp64 in torch).
@@ -55,6 +57,7 @@ def fused_experts(
         b_gate_up, b_down: `(E, 2I)` (or `(E, I)`) and `(E, H)` biases.
         weights: by default the routing's; or a `(T, K)` tensor; None, only together with `reduce="sum"`, adds the
             experts' outputs without weights.
+        residual: `(T, H)` in the dtype of x, any strides: what the sum is added to before its one rounding.
         reduce: `"weighted_sum"`, or `"sum"` to leave the routing weights out on purpose.
         layout: `"concatenated"` [gate | up] halves, or `"interleaved"` g0 u0 g1 u1 ... (gpt-oss).
         transposed: both weights are stored input-major.
@@ -64,15 +67,17 @@ def fused_experts(
         implementation: force one of `fused_experts.implementations`; by default the first that can run.
 
     Returns:
-        `(T, H)` in the dtype of x, accumulated in fp32; a token whose slots were all dropped gets a zero row.
+        `(T, H)` in the dtype of x, accumulated in fp32; a token whose slots were all dropped gets a zero row, or
+        its residual's.
 
     Raises:
         ValueError: shapes, dtypes, devices or names disagree, or weights are missing. Unsupported: the forced
             implementation cannot run.
 
-    Differentiable in x, both weights, both biases and the routing weights. Keeps x, the pre-activations and the routing
-    for backward, nothing else; nothing but its output when no gradient is needed. Deterministic. With Triton there is
-    no host synchronisation and the call can be captured in a CUDA graph. Source of the recomputing backward: SonicMoE.
+    Differentiable in x, both weights, both biases, the routing weights and the residual. Keeps x, the pre-activations
+    and the routing for backward, nothing else; nothing but its output when no gradient is needed. Deterministic. With
+    Triton there is no host synchronisation and the call can be captured in a CUDA graph. Source of the recomputing
+    backward: SonicMoE.
     """
     who = "fused_experts"
     act = resolve(activation, who)
@@ -84,14 +89,16 @@ def fused_experts(
             f"{who}: routing must be packed, got one padded to {routing.padded} rows an expert; use the routing that "
             "to_capacity was called on."
         )
-    x, w_gate_up, w_down, b_gate_up, b_down = autocast(x, w_gate_up, w_down, b_gate_up, b_down)
-    _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed)
-    tensors = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    call = _forward if not save and eager(tensors) else torch.ops.moesaic.fused_experts
+    x, w_gate_up, w_down, b_gate_up, b_down, residual = autocast(x, w_gate_up, w_down, b_gate_up, b_down, residual)
+    _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act, transposed)
+    tensors, graph = (x, w_gate_up, w_down, weights, b_gate_up, b_down), torch.is_grad_enabled()
+    save = graph and any(t is not None and t.requires_grad for t in tensors)
+    # the residual's gradient is the incoming one: it wants the operator, but nothing saved
+    recorded = save or (graph and residual is not None and residual.requires_grad)
+    call = _forward if not recorded and eager((*tensors, residual)) else torch.ops.moesaic.fused_experts
     y, _ = call(
-        *tensors, routing.row_order, routing.row_index, routing.expert_offsets, act.name, act.alpha, act.limit,
-        layout == "interleaved", transposed, allow_tf32, batch_invariant, save, forced(implementation),
+        *tensors, routing.row_order, routing.row_index, routing.expert_offsets, residual, act.name, act.alpha,
+        act.limit, layout == "interleaved", transposed, allow_tf32, batch_invariant, save, forced(implementation),
     )  # fmt: skip
     return y
 
@@ -114,7 +121,7 @@ def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) ->
     return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
 
 
-def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transposed) -> None:
+def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act, transposed) -> None:
     """Say what is wrong with the shapes, dtypes or devices, if anything is. First a look that costs little."""
     E, T = routing.num_experts, routing.num_tokens
     if x.dim() == 2 and w_down.dim() == 3:
@@ -130,6 +137,9 @@ def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transpose
                 or (b_gate_up.shape == (E, N) and b_gate_up.dtype == dtype and b_gate_up.device == device)
             )
             and (b_down is None or (b_down.shape == (E, H) and b_down.dtype == dtype and b_down.device == device))
+            and (
+                residual is None or (residual.shape == (T, H) and residual.dtype == dtype and residual.device == device)
+            )
             and w_gate_up.dtype == w_down.dtype == dtype
             and w_gate_up.device == w_down.device == routing.row_order.device == device
             and dtype.is_floating_point
@@ -148,15 +158,17 @@ def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, routing, act, transpose
     check_shape(who, "w_down", w_down, (E, I, H) if transposed else (E, H, I), other)
     wanted = f"{'2I' if act.gated else 'I'} columns for activation {act.name!r}; {other}"
     check_shape(who, "w_gate_up", w_gate_up, (E, H, N) if transposed else (E, N, H), wanted)
-    parameters = {"w_gate_up": w_gate_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down}
-    parameters = {name: t for name, t in parameters.items() if t is not None}
+    others = {"w_gate_up": w_gate_up, "w_down": w_down, "b_gate_up": b_gate_up, "b_down": b_down, "residual": residual}
+    others = {name: t for name, t in others.items() if t is not None}
     if b_gate_up is not None:
         check_shape(who, "b_gate_up", b_gate_up, (E, N))
     if b_down is not None:
         check_shape(who, "b_down", b_down, (E, H))
-    devices = {name: t.device for name, t in parameters.items()}
+    if residual is not None:
+        check_shape(who, "residual", residual, (T, H), "one row for each token")
+    devices = {name: t.device for name, t in others.items()}
     check_same(who, "device", "x", x.device, **devices, routing=routing.row_order.device)
-    check_same(who, "dtype", "x", x.dtype, **{name: t.dtype for name, t in parameters.items()})
+    check_same(who, "dtype", "x", x.dtype, **{name: t.dtype for name, t in others.items()})
 
 
 # ---------------------------------------------------------------- private operators
@@ -181,14 +193,14 @@ def _plan(device, dtype, T, R, E, H, I, bias, activation, alpha, limit, interlea
     return OP.select(problem, implementation), problem, resolve(activation).with_constants(alpha, limit)
 
 
-def _forward(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):
+def _forward(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, *rest):
     T, H = x.shape
     module, problem, act = _plan(
         x.device, x.dtype, T, row_order.shape[0], expert_offsets.shape[0] - 1, H, w_down.shape[1 if rest[4] else 2],
         b_gate_up is not None or b_down is not None, *rest,
     )  # fmt: skip
     return module.fused_experts(
-        x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem
+        x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
     )
 
 
@@ -197,7 +209,7 @@ def _call(x, *rest):
     return y, x.new_empty(0) if hidden is None else hidden
 
 
-def _fake(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, *rest):
+def _fake(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, *rest):
     transposed, save = rest[4], rest[7]
     width = w_gate_up.shape[2 if transposed else 1]
     return x.new_empty(x.shape), x.new_empty((row_order.shape[0], width) if save else (0,))
@@ -223,7 +235,10 @@ def _fake_backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_dow
     return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
-define(f"fused_experts({_ARGS}{_OPTIONS}bool save, str implementation) -> (Tensor, Tensor)", _call, _fake)
+define(
+    f"fused_experts({_ARGS}Tensor? residual, {_OPTIONS}bool save, str implementation) -> (Tensor, Tensor)",
+    _call, _fake,
+)  # fmt: skip
 define(
     f"fused_experts_backward(Tensor grad, Tensor hidden, {_ARGS}{_OPTIONS}bool[] needs, str implementation) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -233,17 +248,19 @@ define(
 
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(output[1], *inputs[:9])
-    ctx.options, ctx.implementation = inputs[9:16], inputs[17]
+    ctx.options, ctx.implementation = inputs[10:17], inputs[18]
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _):
     hidden, *tensors = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:6])
-    grads = torch.ops.moesaic.fused_experts_backward(
-        grad.contiguous(), hidden, *tensors, *ctx.options, needs, ctx.implementation
-    )
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *([None] * 12))
+    needs, grads = list(ctx.needs_input_grad[:6]), [None] * 6
+    if any(needs):  # otherwise hidden was not kept
+        grads = torch.ops.moesaic.fused_experts_backward(
+            grad.contiguous(), hidden, *tensors, *ctx.options, needs, ctx.implementation
+        )
+    grads = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return (*grads, None, None, None, grad if ctx.needs_input_grad[9] else None, *([None] * 9))
 
 
 differentiable("fused_experts", _autograd, _setup)

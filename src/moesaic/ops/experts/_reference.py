@@ -36,8 +36,12 @@ def _layer(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, expert_o
     return stacked, hidden
 
 
-def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem):
+def fused_experts(
+    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
+):
     y, hidden = _layer(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, expert_offsets, act, problem)
+    if residual is not None:
+        y = y + residual.double()
     return y.to(x.dtype), hidden.to(x.dtype) if problem.training else None
 
 

@@ -55,23 +55,28 @@ def _activate(act, h: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
-def _combine(rows: Tensor, weights: Tensor | None, row_index: Tensor, out: Tensor, dropped: bool) -> None:
-    """`out[t] = sum_k w[t, k] · rows[row_index[t, k]]` in fp32, a block of tokens at a time."""
+def _combine(
+    rows: Tensor, weights: Tensor | None, row_index: Tensor, out: Tensor, dropped: bool, residual: Tensor | None = None
+) -> None:
+    """`out[t] = sum_k w[t, k] · rows[row_index[t, k]] (+ residual[t])` in fp32, a block of tokens at a time."""
     T, H = out.shape
     if T == 0:
         return
     K = row_index.shape[0] // T
     step = max(1, BLOCK_ELEMENTS // max(K * H, 1))
     if T <= step:
-        _combine_block(rows, weights, row_index, out, dropped)
+        _combine_block(rows, weights, row_index, out, dropped, residual)
         return
     for t in range(0, T, step):
         here = slice(t, min(t + step, T))
         index = row_index[here.start * K : here.stop * K]
-        _combine_block(rows, None if weights is None else weights[here], index, out[here], dropped)
+        w, add = (None if t is None else t[here] for t in (weights, residual))
+        _combine_block(rows, w, index, out[here], dropped, add)
 
 
-def _combine_block(rows: Tensor, weights: Tensor | None, index: Tensor, out: Tensor, dropped: bool) -> None:
+def _combine_block(
+    rows: Tensor, weights: Tensor | None, index: Tensor, out: Tensor, dropped: bool, residual: Tensor | None
+) -> None:
     part = _wide(rows.index_select(0, index.clamp_min(0) if dropped else index))
     if weights is not None and weights.dtype != part.dtype:
         weights = weights.to(part.dtype)
@@ -80,10 +85,16 @@ def _combine_block(rows: Tensor, weights: Tensor | None, index: Tensor, out: Ten
         part.masked_fill_(dead[:, None], 0)
         weights = None if weights is None else weights.masked_fill(dead.view(weights.shape), 0)
     part = part.view(out.shape[0], -1, out.shape[1])
-    out.copy_(part.sum(1) if weights is None else torch.bmm(weights[:, None], part)[:, 0])
+    if weights is None:
+        total = part.sum(1)
+    else:  # into a tensor of its own dtype, lest autocast round the sum to half precision
+        total = torch.bmm(weights[:, None], part, out=part.new_empty(out.shape[0], 1, out.shape[1]))[:, 0]
+    out.copy_(total if residual is None else total.add_(residual))
 
 
-def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem):
+def fused_experts(
+    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
+):
     R, width = row_order.shape[0], act.width(problem.intermediate_size)
     ups, downs = (w_gate_up, w_down) if problem.transposed else (w_gate_up.mT, w_down.mT)
     chunks = list(_chunks(expert_offsets, width))
@@ -101,7 +112,7 @@ def fused_experts(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, r
             hidden, y = h if problem.training else None, ys
     if hidden is not None:
         hidden[live:] = 0
-    _combine(y, weights, row_index, out, live < R)
+    _combine(y, weights, row_index, out, live < R, residual)
     return out, hidden
 
 

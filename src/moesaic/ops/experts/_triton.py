@@ -39,7 +39,7 @@ def padding(problem, tokens_per_expert: Sequence[int]) -> float:
 
 
 def fused_experts(
-    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act, problem,
+    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem,
     config: tuple[products.Config, products.Config] | None = None,
 ):  # fmt: skip
     H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
@@ -58,7 +58,10 @@ def fused_experts(
         activation=act, hidden=hidden, config=up,
     )  # fmt: skip
     y = products.gemm(a, w_down, problem.transposed, tiles, problem, N=H, K=I, bias=b_down, config=down)
-    return unpermute(y, weights, row_index, K) if R else x.new_zeros(x.shape), hidden
+    if R:
+        return unpermute(y, weights, row_index, K, residual), hidden
+    y = x.new_zeros(x.shape)
+    return y if residual is None else y.copy_(residual), hidden
 
 
 def _packed(t: Tensor | None) -> Tensor | None:

@@ -35,12 +35,14 @@ def _permute_kernel(
 
 @triton.jit
 def _combine_kernel(
-    rows_ptr, row_index_ptr, weights_ptr, out_ptr, stride_rows,
-    H: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    rows_ptr, row_index_ptr, weights_ptr, residual_ptr, out_ptr, stride_rows, stride_residual,
+    H: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`out[t] = sum_k w[t, k] · rows[row_index[t, k]]` in fp32, in the order of k; slots without a row are skipped."""
+    """`out[t] = sum_k w[t, k] · rows[row_index[t, k]] (+ residual[t])` in fp32, in this order; no row, no summand."""
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if RESIDUAL:  # asked for before the rows, whose addresses must be waited for
+        residual = tl.load(residual_ptr + token * stride_residual + offs, mask=offs < H, other=0.0)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_index_ptr + token * TOP_K + k)
@@ -49,6 +51,8 @@ def _combine_kernel(
         if WEIGHTED:
             x *= tl.load(weights_ptr + token * TOP_K + k, mask=live, other=0.0).to(tl.float32)
         acc += x
+    if RESIDUAL:
+        acc += residual.to(tl.float32)
     tl.store(out_ptr + token * H + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < H)
 
 
@@ -97,20 +101,30 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def _combine_launch(dtype: torch.dtype, weights: torch.dtype | None, T: int, H: int, top_k: int, stride: int) -> Launch:
-    """Kept apart by all that the compiled kernel depends on, though its constants need less."""
+def _combine_launch(
+    dtype: torch.dtype, weights: torch.dtype | None, T: int, H: int, top_k: int, stride: int, residual: int | None
+) -> Launch:
+    """Kept apart by all that the compiled kernel depends on, though its constants need less.
+
+    `stride` and `residual` are the row strides of the rows and of the residual.
+    """
     block = min(_block(H), 1024)
-    return Launch(_combine_kernel, (T, -(-H // block), 1), (H, top_k, weights is not None, block))
+    constants = (H, top_k, weights is not None, residual is not None, block)
+    return Launch(_combine_kernel, (T, -(-H // block), 1), constants)
 
 
-def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
+def unpermute(
+    rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int, residual: Tensor | None = None
+) -> Tensor:
+    """With a residual, in the dtype of rows, the sums are added to it."""
     T, H, rows = row_index.shape[0] // top_k, rows.shape[1], unit_rows(rows)
     out = rows.new_empty((T, H))
     if out.numel():
         weights = None if weights is None else weights.contiguous()
-        stride = rows.stride(0)
-        launch = _combine_launch(rows.dtype, None if weights is None else weights.dtype, T, H, top_k, stride)
-        launch((rows, row_index, weights, out), (stride,))
+        residual = None if residual is None else unit_rows(residual)
+        stride, apart = rows.stride(0), None if residual is None else residual.stride(0)
+        launch = _combine_launch(rows.dtype, None if weights is None else weights.dtype, T, H, top_k, stride, apart)
+        launch((rows, row_index, weights, residual, out), (stride, apart or 0))
     return out
 
 
