@@ -47,10 +47,10 @@ def test_batch_invariance(name, dtype):
     """A token's output has the same bits alone, in any part of a batch and in the whole one."""
     case = replace(CASES[name], num_experts=16)
     inputs = make_inputs(case, 3000, dtype, "cuda")
-    logits = torch.randn(3000, 16, device="cuda")
+    chosen = route(torch.randn(3000, 16, device="cuda"), top_k=case.top_k, implementation="triton")
 
     def run(tokens):
-        routing = route(logits[tokens], top_k=case.top_k, implementation="triton")
+        routing = Routing.from_topk(chosen.topk_weights[tokens], chosen.topk_ids[tokens], 16)
         arguments = {**inputs.arguments(), "x": inputs.x[tokens], "routing": routing}
         return fused_experts(**arguments, batch_invariant=True)
 
