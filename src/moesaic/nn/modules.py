@@ -334,7 +334,7 @@ class MoE(nn.Module):
             y = y + routing.constant_weights.to(y.dtype) @ self.constants.to(y.dtype)
         if c.routed_scale != 1.0:
             y = y * c.routed_scale
-        return y if shared is residual else y + shared
+        return y if shared is None or not apart else y + shared
 
     def _of_weighted(self, tokens: Tensor, routing: Routing, residual: Tensor | None) -> Tensor:
         """`sum_k expert_k(w_k · x)`: a token becomes K, each with one choice of weight 1; K = 1 takes a residual."""
