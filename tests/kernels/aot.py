@@ -62,7 +62,7 @@ def nvidia_report(done) -> dict:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "shared": done.metadata.shared,
         "spills": len(re.findall(r"\bSTL\b", sass)) + len(re.findall(r"\bLDL\b", sass)),
-        "tensor_core": {name: len(re.findall(rf"\b{name}\.", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA")},
+        "tensor_core": {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA")},
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
     }
 
@@ -261,12 +261,15 @@ def jobs(arch: str):
     """`(name, needs tensor cores, compile arguments)` of everything that is compiled for an architecture."""
     qwen, gpt, nemotron = (CASES[n] for n in ("qwen3-30b-a3b", "gpt-oss-120b", "nemotron-h"))
     for rows in (1, 24, 48, 256):
-        yield f"up, {rows} rows an expert", True, gemm(arch, qwen, rows, up=True)
-        yield f"down, {rows} rows an expert", True, gemm(arch, qwen, rows, up=False)
+        for up in (True, False):
+            tile = config_of(arch, qwen, rows, up=up, dgrad=False).block_m
+            name = f"{'up' if up else 'down'}, {rows} rows an expert, {tile} a tile"
+            yield name, True, gemm(arch, qwen, rows, up=up)
     yield "up, training", True, gemm(arch, qwen, 256, up=True, training=True)
     yield "up, not gated", True, gemm(arch, nemotron, 256, up=True)
     for rows in (1, 256):
-        yield f"up, transposed interleaved biased, {rows} rows", True, gemm(arch, gpt, rows, up=True)
+        tile = config_of(arch, gpt, rows, up=True, dgrad=False).block_m
+        yield f"up, transposed interleaved biased, {tile} a tile", True, gemm(arch, gpt, rows, up=True)
     yield "dgrad of down", True, gemm(arch, qwen, 256, up=True, dgrad=True)
     if arch == "sm_90":
         scout = CASES["llama4-scout"]
