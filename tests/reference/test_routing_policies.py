@@ -608,18 +608,6 @@ def test_straight_through_is_hard_forward_and_soft_backward(name, training, impl
     assert (masked.topk_weights[1] == 0).all() and (masked.topk_weights[0] == factor).all()
 
 
-def test_dense_straight_through():
-    x = randn(4, 5).requires_grad_()
-    soft = torch.softmax(x, -1)
-    ids = torch.tensor([[0, 4], [2, -1], [-1, -1], [3, 1]])
-    hard = policies.dense_straight_through(soft, ids)
-    assert hard.tolist() == [[1, 0, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]]
-    factor = randn(4, 5, seed=1)
-    (got,) = torch.autograd.grad((hard * factor).sum(), x, retain_graph=True)
-    (want,) = torch.autograd.grad((soft * factor).sum(), x)
-    assert torch.equal(got, want)
-
-
 # ---------------------------------------------------------------- expert sampling
 def test_expert_sampling_leaves_experts_out_but_never_too_many():
     logits = randn(30, 8)

@@ -59,7 +59,6 @@ def _tiles_kernel(
     if expert == 0:
         used = tl.sum(tiles, 0) * NUM_N
         tl.store(used_ptr, used)
-        tl.store(used_ptr + 1, 0)
         for j in tl.static_range(0, PADDING, BLOCK):
             tl.store(tiles_ptr + used + j + i, tl.zeros((BLOCK,), tl.int64))
     begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
@@ -82,8 +81,7 @@ def tiles_launch(E: int, num_n: int, block_m: int, group_m: int) -> Launch:
 class TileTable:
     """The tiles of R rows of E experts, for each size of tiles asked for; made on the device where first needed.
 
-    `of(...)` gives the entries (see `decode`), experts in order, and their number as an int32 tensor with a zero behind
-    it, which a kernel may count tiles with if it leaves a zero; `bound(block_m)`
+    `of(...)` gives the entries (see `decode`), experts in order, and their number as an int32 tensor; `bound(block_m)`
     is the number of row tiles that the host may count on.
     """
 
@@ -101,7 +99,7 @@ class TileTable:
             # the number stands in front of the entries, in a cell of its own
             size = 2 + self.bound(block_m) * num_n + PADDING
             memory = torch.empty(size, dtype=torch.int64, device=self.offsets.device)
-            used, tiles = memory[:1].view(torch.int32), memory[2:]
+            used, tiles = memory[:1].view(torch.int32)[:1], memory[2:]
             tiles_launch(self.experts, *key)((self.offsets, tiles, used))
             self._made[key] = tiles, used
         return self._made[key]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...hardware import sm_count, tl, triton
 from ...launch import Launch, TensorMap, ceil_div, pow2
-from ._tiles import TileTable, decode, epilogue
+from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, TileTable, decode, epilogue
 
 
 @triton.jit
@@ -138,9 +138,11 @@ def _zero_tail_kernel(out_ptr, offsets_ptr, R, N: tl.constexpr, E: tl.constexpr,
 
 # ---------------------------------------------------------------- launches
 def why_not(x: Tensor, w: Tensor, N: int, K: int) -> str | None:
-    """Tensor maps want 16-byte strides, and unit ones last."""
+    """Tensor maps want 16-byte strides, and unit ones last; an entry of the tile table has bits for so many tiles."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return "needs half precision"
+    if w.shape[0] >= MAX_EXPERTS or N >= 64 * MAX_COLUMN_TILES:  # 64: a gated tile's least columns
+        return f"needs fewer than {MAX_EXPERTS} experts and column tiles"
     if w.stride(2) != 1 or x.stride(1) != 1:
         return "needs unit strides"
     if any(s % 8 for s in (w.stride(0), w.stride(1), x.stride(0), N, K)) or (x.data_ptr() | w.data_ptr()) % 16:

@@ -218,23 +218,6 @@ def finish_weights(weights: Tensor, ids: Tensor, shared: Tensor | None, config: 
     return weights if scaled else weights * factor, None if shared_scores is None else shared_scores * factor
 
 
-def dense_straight_through(soft: Tensor, ids: Tensor) -> Tensor:
-    """`(T, E)`: forward the hard 0/1 mask of `ids` exactly, backward the gradient of `soft`."""
-    live = torch.zeros_like(soft, dtype=torch.bool)
-    live = live.scatter(1, ids.long().clamp_min(0), ids >= 0)
-    return _DenseStraightThrough.apply(soft, live)
-
-
-class _DenseStraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, soft: Tensor, live: Tensor) -> Tensor:
-        return live.to(soft.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, None
-
-
 def expected_load(clean: Tensor, noisy_logits: Tensor, std: Tensor, top_k: int) -> Tensor:
     """`(E,)`: how many tokens would choose each expert if its own noise were drawn again (arXiv 1701.06538, eq. 8-9).
 
