@@ -92,7 +92,7 @@ def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgra
     act = ACTIVATIONS[case.activation]
     H, I = case.hidden_size, case.intermediate_size
     N, K = (I, H) if up else (H, I)
-    config = config_of(arch, case, rows, up=up, dgrad=dgrad, dtype=dtype)
+    config = config_of(arch, case, rows, up=up, dgrad=dgrad, dtype=dtype).plain
     flip = case.transposed != dgrad
     types = {"x_ptr": POINTER[dtype], "w_ptr": POINTER[dtype], "out_ptr": POINTER[dtype], "offsets_ptr": "*i32",
              "stride_xm": "i32", "stride_we": "i32", "R": "i32", "num_slots": "i32"}  # fmt: skip
@@ -114,8 +114,7 @@ def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgra
         types["bias_ptr"] = constants.pop("bias_ptr") or POINTER[dtype]
     if constants["SAVE_HIDDEN"]:
         types["hidden_ptr"] = constants.pop("hidden_ptr") or POINTER[dtype]
-    warps, stages = (8, 3) if config.persistent else (config.num_warps, config.num_stages)
-    return products._grouped_gemm_kernel, types, constants, warps, stages
+    return products._grouped_gemm_kernel, types, constants, config.num_warps, config.num_stages
 
 
 def tensor_map(*box: int, dtype=torch.bfloat16) -> str:

@@ -23,10 +23,18 @@ def why_not(problem) -> str | None:
 
 def default_config(problem) -> tuple[products.Config, products.Config]:
     """The configurations of the up and the down product."""
-    H, I, R, E = problem.hidden_size, problem.intermediate_size, problem.num_slots, problem.num_experts
-    key = (problem.arch, problem.dtype, problem.batch_invariant, R, E)
-    width = ACTIVATIONS[problem.activation].width(I)
-    return products.choose(*key, width, H, I, problem.num_tokens), products.choose(*key, H, I, H, R)
+    H, I, R = problem.hidden_size, problem.intermediate_size, problem.num_slots
+    return _up_config(problem), _config(problem, H, I, H, R)
+
+
+def _up_config(problem) -> products.Config:
+    H, I = problem.hidden_size, problem.intermediate_size
+    return _config(problem, ACTIVATIONS[problem.activation].width(I), H, I, problem.num_tokens)
+
+
+def _config(problem, *sizes: int) -> products.Config:
+    key = (problem.arch, problem.dtype, problem.batch_invariant, problem.num_slots, problem.num_experts)
+    return products.choose(*key, *sizes)
 
 
 def configs(problem):
@@ -34,8 +42,12 @@ def configs(problem):
 
 
 def padding(problem, tokens_per_expert: Sequence[int]) -> float:
-    """Rows that tiles compute for nobody over real rows, in the up product of these tokens per expert."""
-    return products.padding(problem, tokens_per_expert)
+    """Rows that the up product's tiles compute for nobody, over the rows that there are; 0 where there are none.
+
+    Every expert's rows are rounded up to the tile.
+    """
+    tile = _up_config(problem).block_m
+    return sum(-rows % tile for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
 
 
 def fused_experts(

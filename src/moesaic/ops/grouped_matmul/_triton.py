@@ -9,19 +9,17 @@ tiles lie is known on the device only, so grids are upper bounds and surplus slo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from . import _triton_tma
 from ._configs import Config, Product, configs, gemm_config, same_bits, sorts_first, wgrad_config
 from ._tiles import TileTable, epilogue
 
-__all__ = ["Config", "TileTable", "choose", "configs", "gemm", "padding", "sorts", "wgrad"]  # what `experts` composes
+__all__ = ["Config", "TileTable", "choose", "configs", "gemm", "sorts", "wgrad"]  # what `experts` composes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -238,9 +236,7 @@ def _gemm_launch(
         _precision(dtype, allow_tf32), c.block_m, c.block_n, c.block_k, c.group_m,
     )  # fmt: skip
     grid = (num_slots * ceil_div(N, c.block_n // 2 if act[1] else c.block_n), 1, 1)
-    # where a persistent kernel was meant: pointers take registers, and a stage less is enough
-    warps, stages = (8, 3) if c.persistent else (c.num_warps, c.num_stages)
-    return Launch(_grouped_gemm_kernel, grid, constants, warps, stages), num_slots
+    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages), num_slots
 
 
 @functools.lru_cache(maxsize=4096)
@@ -284,7 +280,7 @@ def gemm(
     strides = (x.stride(0), we, wk, wn) if transposed else (x.stride(0), we, wn, wk)
     launch, num_slots = _gemm_launch(
         x.dtype, rows, N, K, E, top_k, act, problem.interleaved, problem.allow_tf32, bias is not None,
-        hidden is not None, zero_tail, strides, c,
+        hidden is not None, zero_tail, strides, c.plain,
     )  # fmt: skip
     launch((x, gather, w, bias, out, hidden, tiles.offsets), (*strides, rows, num_slots))
     return out
@@ -327,20 +323,8 @@ def bias_grad(
 
 
 def default_config(problem) -> Config:
-    """The tile of this product; of `fused_experts`, of the up product."""
     R, E, N, K = problem.num_slots, problem.num_experts, problem.intermediate_size, problem.hidden_size
-    gated = problem.activation != "" and ACTIVATIONS[problem.activation].gated
-    width = 2 * N if gated else N
-    return choose(problem.arch, problem.dtype, problem.batch_invariant, R, E, width, K, N, problem.num_tokens)
-
-
-def padding(problem, tokens_per_expert: Sequence[int]) -> float:
-    """Rows that the tiles of this product compute for nobody, over the rows that there are; 0 where there are none.
-
-    Every expert's rows are rounded up to the tile. Of `fused_experts`, the up product.
-    """
-    tile = default_config(problem).block_m
-    return sum(-rows % tile for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
+    return choose(problem.arch, problem.dtype, problem.batch_invariant, R, E, N, K, N, problem.num_tokens)
 
 
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:

@@ -206,9 +206,12 @@ def gemm(
     launch((entries, used, x, gather, bias, x_map, w_map, out_map, hidden_map, up_map), (x.stride(0),))
 
 
+@functools.lru_cache(maxsize=4096)
+def _zero_tail_launch(dtype: torch.dtype, programs: int, N: int, E: int) -> Launch:
+    return Launch(_zero_tail_kernel, (programs, 1, 1), (N, E, programs, min(1024, pow2(N))))
+
+
 def zero_tail(out: Tensor, expert_offsets: Tensor) -> None:
     """Zero the rows behind the last expert's."""
     R, N = out.shape
-    E = expert_offsets.shape[0] - 1
-    programs = min(R, 128)
-    Launch(_zero_tail_kernel, (programs, 1, 1), (N, E, programs, min(1024, pow2(N))))((out, expert_offsets), (R,))
+    _zero_tail_launch(out.dtype, min(R, 128), N, expert_offsets.shape[0] - 1)((out, expert_offsets), (R,))
