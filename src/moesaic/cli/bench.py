@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -56,12 +56,7 @@ def bench(
         names(shapes), numbers(tokens, "--tokens"), names(dtypes), _peers(peers), str(here), train, distribution,
         seconds, rounds, names(ours), tuple(PROTOCOLS) if clocks == "both" else names(clocks),
     )  # fmt: skip
-    try:
-        plan.check()
-    except ValueError as error:
-        raise UsageMistake(f"bench: {error}") from error
-    if plot is not None and not report.found("matplotlib"):
-        raise MissingExtra("matplotlib", "plot", "--plot")
+    check_before(plan, "bench", plot)
     what = "forward and backward" if train else "forward"
     screen.title(
         "moesaic bench", f"One layer of experts, {what}, {distribution} routing, on {report.device_name(here)}."
@@ -80,6 +75,16 @@ def bench(
     screen.emit(kept)
     if result.failed:
         raise typer.Exit(1)
+
+
+def check_before(plan: Any, who: str, plot: Path | None) -> None:
+    """Say now what would fail after minutes: a plan that means nothing, a picture without matplotlib."""
+    try:
+        plan.check()
+    except ValueError as error:
+        raise UsageMistake(f"{who}: {error}") from error
+    if plot is not None and not report.found("matplotlib"):
+        raise MissingExtra("matplotlib", "plot", "--plot")
 
 
 def _only_the_study(context: typer.Context, study: str) -> None:

@@ -11,14 +11,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..bench import report
 from ..bench.studies import Study
 from ..bench.studies import balance as balance_study
 from ..bench.studies import study_k as k_study
 from ..bench.studies import topk as topk_study
-from ..errors import MissingExtra
 from .bench import bench as layer
-from .screen import Clock, Device, Json, Screen, UsageMistake, clean, numbers, pick_device
+from .bench import check_before
+from .screen import Clock, Device, Json, Screen, clean, numbers, pick_device
 
 Out = Annotated[Path | None, typer.Option(help="Write the record here (JSON).")]
 Picture = Annotated[Path | None, typer.Option(help="Draw it here (PNG).")]
@@ -103,12 +102,7 @@ def _conduct(
 ) -> None:
     """Run a study's module on a plan and write what was asked for; `total` calls of progress are expected."""
     screen, clock = Screen(as_json), Clock()
-    try:
-        plan.check()
-    except ValueError as error:
-        raise UsageMistake(f"bench {study.NAME}: {error}") from error
-    if plot is not None and not report.found("matplotlib"):
-        raise MissingExtra("matplotlib", "plot", "--plot")
+    check_before(plan, f"bench {study.NAME}", plot)
     with screen.alone(), screen.progress(total, aside=True) as advance:
         result: Study = _run(study.run, plan, advance)
     kept = result.record(commit, note)
