@@ -29,7 +29,7 @@ from moesaic.ops.permute._triton import permute, unpermute
 from moesaic.problem import Problem
 from moesaic.testing import assert_close
 
-LARGE = products.Config(128, 256, 64, 8, 4, persistent=True)
+LARGE = products.Config(128, 256, 64, 8, 4, kernel="persistent")
 PLAIN = products.Config(128, 256, 64, 8, 3)
 SUSTAINED = ("128x256", "groups of", "sorted before", "bmm", "sort rows")
 
@@ -77,7 +77,7 @@ class Parts:
         for config in (PLAIN, *H200):
             if R > 256 * E and config.block_m <= 32:
                 continue  # tens of milliseconds
-            name = f"{'persistent' if config.persistent else 'plain'} {config.block_m}x{config.block_n}"
+            name = f"{config.kernel} {config.block_m}x{config.block_n}"
             out[f"up, {name}"] = lambda c=config: self.up(c)
             out[f"down, {name}"] = lambda c=config: self.down(c)
         out["up, rows sorted before"] = lambda: self.up(LARGE, False)

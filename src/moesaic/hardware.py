@@ -1,6 +1,7 @@
 """What the machine is: architecture names, processor counts, instruction sets, and the one guarded import of Triton.
 
-`from moesaic.hardware import triton, tl` imports Triton when it is first read, so that `import moesaic` never does.
+`from moesaic.hardware import triton, tl`, or `gluon, gl`, imports Triton when first read, so that `import moesaic` never
+does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> ModuleType:
         return importlib.import_module("triton")
     if name == "tl":
         return importlib.import_module("triton.language")
+    if name == "gluon":
+        return importlib.import_module("triton.experimental.gluon")
+    if name == "gl":
+        return importlib.import_module("triton.experimental.gluon.language")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -33,6 +38,12 @@ def interpreting() -> bool:
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def has_gluon() -> bool:
+    """Is there the Gluon that our kernels were written in and measured with? It is experimental and changes."""
+    return has_triton() and importlib.import_module("triton").__version__.startswith("3.6.")
 
 
 @functools.cache

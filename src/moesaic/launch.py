@@ -35,18 +35,27 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 class TensorMap(NamedTuple):
-    """Memory from t on as an array of `shape` and `strides`, in elements; one access moves a `box`."""
+    """Memory from t on as an array of `shape` and `strides`, in elements; one access moves a `box`.
+
+    Gluon's kernels know a map's layout in shared memory, Triton's choose it.
+    """
 
     t: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
+    gluon: bool = False
 
     def descriptor(self) -> Any:
         """What Triton takes, and encodes anew at every call."""
-        t, *rest = self
-        made = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
-        return made(t, *map(list, rest))
+        t, *rest = self[:4]
+        if not self.gluon:
+            made = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+            return made(t, *map(list, rest))
+        made = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
+        dtype = hardware.gl.bfloat16 if t.dtype == torch.bfloat16 else hardware.gl.float16
+        layout = hardware.gl.NVMMASharedLayout.get_default_for(list(self.box), dtype)
+        return made(t, *map(list, rest), layout)
 
 
 @functools.cache

@@ -5,24 +5,28 @@ Run as a script without TRITON_INTERPRET: `python aot.py sm_80 sm_90 gfx942` pri
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from moesaic import hardware
 from moesaic.activations import ACTIVATIONS
 from moesaic.cases import CASES
 from moesaic.launch import Launch, pow2
 from moesaic.ops.experts import _triton as experts
 from moesaic.ops.grouped_matmul import _triton as products
-from moesaic.ops.grouped_matmul._configs import H200, Product, gemm_config
+from moesaic.ops.grouped_matmul._configs import H200, TALL, WIDE, Product, gemm_config
 from moesaic.ops.grouped_matmul._tiles import tiles_launch
 from moesaic.ops.permute import _triton as permute
 from moesaic.ops.route import RouterConfig
@@ -45,12 +49,22 @@ def compile_kernel(kernel, arch: str, types: dict[str, str], constants: dict, nu
     plain = {p.name for p in kernel.params if p.do_not_specialize}
     strides = [n for n in types if n.startswith("stride_") and n not in plain]
     attrs |= {(names.index(n),): [["tt.divisibility", 16]] for n in strides}
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
     done = triton.compile(source, target=target(arch), options={"num_warps": num_warps, "num_stages": num_stages})
-    return nvidia_report(done) if arch.startswith("sm_") else amd_report(done)
+    return nvidia_report(done, kernel.is_gluon()) if arch.startswith("sm_") else amd_report(done)
 
 
-def nvidia_report(done) -> dict:
+def barrier_addresses(ptx: str) -> list[int]:
+    """Where in shared memory barriers are made: `global_smem` and the constants added to it."""
+    offsets = dict.fromkeys(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx), 0)
+    for into, base, constant in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx):
+        if base in offsets:
+            offsets.setdefault(into, offsets[base] + int(constant))
+    found = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[\s*(%r\d+)\s*(?:\+\s*(\d+))?\s*\]", ptx)
+    return sorted(offsets.get(register, -(10**9)) + int(constant or 0) for register, constant in found)
+
+
+def nvidia_report(done, barriers: bool) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
@@ -64,6 +78,7 @@ def nvidia_report(done) -> dict:
         "spills": len(re.findall(r"\bSTL\b", sass)) + len(re.findall(r"\bLDL\b", sass)),
         "tensor_core": {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA")},
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+        "barriers": barrier_addresses(done.asm["ptx"]) if barriers else [],
     }
 
 
@@ -153,6 +168,56 @@ def persistent(c, case, *, up: bool, training: bool = False, dgrad: bool = False
     kernel = products._triton_tma._persistent_gemm_kernel
     constants |= dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants))
     return kernel, types, constants, c.num_warps, c.num_stages
+
+
+def swapped(c, case, *, up: bool, sorts: bool = False, dgrad: bool = False):
+    """The same of the swapped kernel; `sorts` where rows were sorted before."""
+    act = ACTIVATIONS[case.activation] if up and not dgrad else None
+    N, K = (case.intermediate_size, case.hidden_size) if up else (case.hidden_size, case.intermediate_size)
+    gated = act is not None and act.gated
+    transposed, gathered = case.transposed != dgrad, (up or dgrad) and not sorts
+    rows = 16384 // c.block_m
+    columns = min(64, rows // 2 if gated else rows)
+
+    def box(*shape: int) -> str:
+        layout = hardware.gl.NVMMASharedLayout.get_default_for(list(shape), hardware.gl.bfloat16)
+        return f"{tensor_map(*shape)[:-1]},{layout!r}>"
+
+    types = {"tiles_ptr": "*i64", "used_ptr": "*i32", "x_ptr": "*bf16", "stride_x": "i32"}
+    types["out_desc"] = box(1, 1, 2048 // columns, columns)
+    if transposed or not gated:
+        types["w_desc"] = box(1, 64, rows) if transposed else box(1, rows, 64)
+    else:
+        types["w_desc"] = box(1, rows // 16, 2, 8, 64)
+    if gathered:
+        types["gather_ptr"] = "*i32"
+    else:
+        types["x_desc"] = box(1, 1, 32, 64)
+    if case.bias:
+        types["bias_ptr"] = "*bf16"
+    constants = {
+        "N": N, "K": K, "TOP_K": case.top_k if gathered else 0, "TRANSPOSED": transposed, "HAS_BIAS": case.bias,
+        "MAIN": c.block_m, "ROWS": rows, "PROGRAMS": 132,
+    }  # fmt: skip
+    interleaved = case.layout == "interleaved"
+    epilogue = products.epilogue(act and (act.name, act.alpha, act.limit), interleaved)
+    constants |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "ALPHA", "LIMIT"), epilogue, strict=True))
+    kernel = importlib.import_module("moesaic.ops.grouped_matmul._gluon")._swapped_gemm_kernel
+    constants |= dict.fromkeys(set(kernel.arg_names) - set(types) - set(constants))
+    return kernel, types, constants, 4, 4
+
+
+def swapped_kernels():
+    """One of each kind: tall tiles gather rows, wide ones find them sorted."""
+    qwen, gpt, nemotron, gemma = (CASES[n] for n in ("qwen3-30b-a3b", "gpt-oss-120b", "nemotron-h", "gemma4-26b"))
+    for case in (qwen, gpt, nemotron, gemma):
+        yield f"tall up, {case.name}", swapped(TALL, case, up=True)
+    for case in (qwen, gpt):
+        yield f"wide up, {case.name}", swapped(WIDE, case, up=True, sorts=True)
+        yield f"tall down, {case.name}", swapped(TALL, case, up=False)
+        yield f"wide down, {case.name}", swapped(WIDE, case, up=False)
+        yield f"tall dgrad of down, {case.name}", swapped(TALL, case, up=True, dgrad=True)
+    yield "tall up, interleaved", swapped(TALL, replace(gpt, transposed=False), up=True)
 
 
 def wgrad(arch: str, case, dtype=torch.bfloat16):
@@ -272,7 +337,7 @@ def jobs(arch: str):
     yield "dgrad of down", True, gemm(arch, qwen, 256, up=True, dgrad=True)
     if arch == "sm_90":
         scout = CASES["llama4-scout"]
-        for c in (c for c in H200 if c.persistent):
+        for c in (c for c in H200 if c.kernel == "persistent"):
             name = f"persistent {c.block_m}x{c.block_n}"
             for case in (qwen, gpt, nemotron, scout):
                 yield f"{name} up, {case.name}", True, persistent(c, case, up=True)
@@ -280,6 +345,8 @@ def jobs(arch: str):
                 yield f"{name} up, training, {case.name}", True, persistent(c, case, up=True, training=True)
                 yield f"{name} down, {case.name}", True, persistent(c, case, up=False)
             yield f"{name} dgrad of down, {qwen.name}", True, persistent(c, qwen, up=True, dgrad=True)
+        if hardware.has_gluon():
+            yield from ((name, True, arguments) for name, arguments in swapped_kernels())
         tiles = {"offsets_ptr": "*i32", "tiles_ptr": "*i64", "used_ptr": "*i32"}
         launch = tiles_launch(128, 6, 128, 16)
         yield "tile table", False, of_launch(launch, tiles)

@@ -7,7 +7,15 @@ import torch
 
 from moesaic import Routing, Unsupported, grouped_matmul, hardware
 from moesaic.activations import ACTIVATIONS, apply
-from moesaic.ops.grouped_matmul._configs import Product, configs, expected_tiles, gemm_config
+from moesaic.ops.grouped_matmul._configs import (
+    TALL,
+    WIDE,
+    Config,
+    Product,
+    configs,
+    expected_rows,
+    gemm_config,
+)
 from moesaic.problem import Problem
 from moesaic.testing import assert_close
 
@@ -80,16 +88,30 @@ def test_gathered_product_with_activation(activation, interleaved, tile, device)
     assert_close(out, apply(act, want, interleaved), H, name="activations")
 
 
-def test_expected_tiles():
+@pytest.mark.parametrize("config", [TALL, WIDE, Config(64, 128, 64, 4, 4)], ids=str)
+def test_expected_rows(config):
     """Against counting: rows of 64 experts drawn many times."""
     g = torch.Generator().manual_seed(0)
-    for mean in (0.3, 4, 60, 200):
-        counts = torch.poisson(torch.full((500, 64), float(mean)), generator=g)
-        for block in (16, 64, 128):
-            product = Product(round(mean * 64), 64, 512, 512, 512, 8)
-            assert expected_tiles(product, block) == pytest.approx(
-                (counts / block).ceil().sum(1).mean().item(), rel=0.08
-            )
+    for mean in (0.3, 4, 60, 200, 700):
+        counts = torch.poisson(torch.full((20000,), float(mean)), generator=g)
+        cost = {n: config.padded(n)[0] + 20 * config.padded(n)[1] for n in {int(n) for n in counts}}
+        want = sum(cost[int(n)] for n in counts) / len(counts)
+        assert expected_rows(config, 20, mean) == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.parametrize("config", [TALL, WIDE], ids=str)
+def test_padding_is_what_the_table_says(config, device):
+    """For every number of rows: heights of the table, rounded to what the kernel multiplies."""
+    for count in (*range(1, 700, 13), 256, 272, 288, 289, 320, 321, 512, 544, 576):
+        offsets = torch.tensor([0, count], dtype=torch.int32, device=device)
+        entries, used = products.TileTable(offsets, count).of(config.block_m, 1, 16, config.slack)
+        heights = [e >> 44 & 0x1FF for e in entries[: int(used[0])].tolist()]
+        full = config.block_m
+        tails = [h for h in heights if h > full]
+        whole = [next(x for x in (64, 128, 256) if h <= x) for h in heights if h <= full]
+        rows = sum(whole) + sum(full + -(-(h - full) // 16) * 16 for h in tails)
+        assert sum(heights) == count and max(heights) <= full + config.slack
+        assert config.padded(count) == (rows, len(tails) + sum(h < full for h in whole))
 
 
 @pytest.mark.parametrize("gathered", [True, False])
@@ -112,9 +134,9 @@ def test_tiles_grow_with_the_rows(gathered):
 def test_batch_invariant_tiles(arch, dtype, tuned):
     """One configuration for every batch, except where all of them give the same bits."""
     product = (8, 512, 256, 512)
-    chosen = {products.choose(arch, dtype, True, R, *product, R) for R in (1, 64, 300, 1000, 100000)}
+    chosen = {products.choose(arch, dtype, True, True, R, *product, R) for R in (1, 64, 300, 1000, 100000)}
     assert (len(chosen) > 1) == tuned
-    assert len({products.choose(arch, dtype, False, R, *product, R) for R in (1, 100000)}) == 2
+    assert len({products.choose(arch, dtype, False, True, R, *product, R) for R in (1, 100000)}) == 2
 
 
 def test_batch_invariance_is_refused_where_unknown(device):
@@ -126,22 +148,37 @@ def test_batch_invariance_is_refused_where_unknown(device):
 
 
 # ---------------------------------------------------------------- the persistent kernel
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_tile_table(counts, device):
+def heights(count: int, slack: int) -> list[int]:
+    """Tiles of 16 rows; what is left goes to the last two, `slack` at the most to each, or has a tile of its own."""
+    full, left = divmod(count, 16)
+    tiles = [16] * full
+    if left > slack * min(full, 2):
+        return [*tiles, left]
+    for i in (-2, -1) if left > slack else (-1,):
+        if tiles:
+            tiles[i] += min(left, slack)
+            left -= min(left, slack)
+    return tiles
+
+
+@pytest.mark.parametrize("slack", [0, 4])
+@pytest.mark.parametrize("counts", (*COUNTS, (18, 20, 21, 36, 40, 41), (51, 56, 0, 57, 160, 7)), ids=str)
+def test_tile_table(counts, slack, device):
     """Groups of two row tiles, three column tiles, an expert after the other."""
     routing = Routing.from_topk(None, counts_to_ids(counts).to(device), len(counts))
     table = products.TileTable(routing.expert_offsets, sum(counts))
-    entries, used = table.of(16, 3, 2)
+    entries, used = table.of(16, 3, 2, slack)
     want, row = [], 0
     for expert, count in enumerate(counts):
-        tiles = [(row + i, min(16, count - i)) for i in range(0, count, 16)]
+        sizes = heights(count, slack)
+        tiles = [(row + sum(sizes[:i]), sizes[i]) for i in range(len(sizes))]
         for group in range(0, len(tiles), 2):
             want += [(first, expert, height, n) for n in range(3) for first, height in tiles[group : group + 2]]
         row += count
-    got = [(e & 0xFFFFFFFF, e >> 32 & 0xFFF, e >> 44 & 0xFF, e >> 52 & 0xFFF) for e in entries.tolist()]
-    assert got[: used.item()] == want and len(want) <= 3 * table.bound(16)
+    got = [(e & 0xFFFFFFFF, e >> 32 & 0xFFF, e >> 44 & 0x1FF, e >> 53 & 0x7FF) for e in entries.tolist()]
+    assert used.tolist() == [len(want), 0] and got[: len(want)] == want and len(want) <= 3 * table.bound(16)
     assert set(got[len(want) : len(want) + 1024]) == {(0, 0, 0, 0)}, "what looks ahead finds nothing"
-    assert table.of(16, 3, 2)[0] is entries, "a table is made once"
+    assert table.of(16, 3, 2, slack)[0] is entries, "a table is made once"
 
 
 WEIGHTS = ("plain", "transposed")
@@ -169,7 +206,7 @@ def test_persistent_product(counts, kind, weights, gathered, device):
     assert products._triton_tma.why_not(x, stored, N, K) is None
     arch = hardware.arch_of(torch.device(device))
     problem = Problem("fused_experts", device, arch, x.dtype, R, 1, E, K, N, name, interleaved, transposed)
-    config = products.Config(16, 32, 32, 4, 2, 2, persistent=True)
+    config = products.Config(16, 32, 32, 4, 2, 2, kernel="persistent")
     out = products.gemm(
         x, stored, transposed, products.TileTable(routing.expert_offsets, R), problem, N=N, K=K, bias=bias,
         gather=routing.row_order if gathered else None, top_k=1, activation=act, hidden=hidden, config=config,
@@ -191,7 +228,7 @@ def test_persistent_product_zeroes_dropped_rows(dropped, device):
     routing = Routing.from_topk(None, ids[:, None].to(device), 3)
     x, w = torch.randn(33, 64).to(device, torch.float16), torch.randn(3, 48, 64).to(device, torch.float16)
     problem = Problem("grouped_matmul", device, hardware.arch_of(torch.device(device)), x.dtype, 33, 1, 3, 64, 48)
-    config = products.Config(16, 32, 32, 4, 2, persistent=True)
+    config = products.Config(16, 32, 32, 4, 2, kernel="persistent")
     tiles = products.TileTable(routing.expert_offsets, 33)
     out = products.gemm(x, w, False, tiles, problem, N=48, K=64, zero_tail=True, config=config)
     assert_close(out, grouped_matmul(x.double(), w.double(), routing, implementation="reference"), 64)

@@ -14,7 +14,7 @@ from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
 from ...launch import Launch, pow2, unit_rows
 from ..grouped_matmul import _triton as products
-from ..permute._triton import permute, unpermute
+from ..permute._triton import spread, unpermute
 
 
 def why_not(problem) -> str | None:
@@ -24,17 +24,29 @@ def why_not(problem) -> str | None:
 def default_config(problem) -> tuple[products.Config, products.Config]:
     """The configurations of the up and the down product."""
     H, I, R = problem.hidden_size, problem.intermediate_size, problem.num_slots
-    return _up_config(problem), _config(problem, H, I, H, R)
+    return _up_config(problem), _config(problem, products.swaps(problem, K=I, gathered=False), H, I, H, R)
 
 
 def _up_config(problem) -> products.Config:
-    H, I = problem.hidden_size, problem.intermediate_size
-    return _config(problem, ACTIVATIONS[problem.activation].width(I), H, I, problem.num_tokens)
+    H, I, act = problem.hidden_size, problem.intermediate_size, ACTIVATIONS[problem.activation]
+    sorts = _sorts(problem)
+    swap = products.swaps(problem, K=H, gathered=not sorts, gated=act.gated, keeps=problem.training)
+    return _config(problem, swap, act.width(I), H, I, problem.num_slots if sorts else problem.num_tokens)
 
 
-def _config(problem, *sizes: int) -> products.Config:
-    key = (problem.arch, problem.dtype, problem.batch_invariant, problem.num_slots, problem.num_experts)
-    return products.choose(*key, *sizes)
+def _config(problem, swap: bool, *sizes: int) -> products.Config:
+    R, E = problem.num_slots, problem.num_experts
+    return products.choose(problem.arch, problem.dtype, problem.batch_invariant, swap, R, E, *sizes)
+
+
+def _sorts(problem) -> bool:
+    """Are rows copied into their order before the up product?"""
+    H, I, act = problem.hidden_size, problem.intermediate_size, ACTIVATIONS[problem.activation]
+    swap = products.swaps(problem, K=H, gathered=False, gated=act.gated, keeps=problem.training)
+    return products.sorts(
+        problem.arch, problem.dtype, swap, problem.num_slots, problem.num_experts, act.width(I), H, I,
+        problem.num_tokens,
+    )  # fmt: skip
 
 
 def configs(problem):
@@ -44,10 +56,10 @@ def configs(problem):
 def padding(problem, tokens_per_expert: Sequence[int]) -> float:
     """Rows that the up product's tiles compute for nobody, over the rows that there are; 0 where there are none.
 
-    Every expert's rows are rounded up to the tile.
+    Every expert's rows are rounded up to its tiles.
     """
-    tile = _up_config(problem).block_m
-    return sum(-rows % tile for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
+    config = _up_config(problem)
+    return sum(config.padded(rows)[0] - rows for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
 
 
 def fused_experts(
@@ -60,11 +72,8 @@ def fused_experts(
     hidden = x.new_empty((R, act.width(I))) if problem.training else None
     tiles = products.TileTable(expert_offsets, R)
     rows, gather = x, row_order
-    # with weights stored input-major gathering was measured to cost 2% only
-    if not problem.transposed and products.sorts(
-        problem.arch, x.dtype, R, tiles.experts, act.width(I), H, I, x.shape[0]
-    ):
-        rows, gather = permute(x, row_order, expert_offsets, K), None
+    if _sorts(problem):
+        rows, gather = spread(x, row_index, K), None
     a = products.gemm(
         rows, w_gate_up, problem.transposed, tiles, problem, N=I, K=H, gather=gather, top_k=K, bias=b_gate_up,
         activation=act, hidden=hidden, config=up,

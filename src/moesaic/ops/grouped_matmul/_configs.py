@@ -16,7 +16,9 @@ SMALL_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory
 class Config:
     """Tiles of one launch: `block_m × block_n` of output, `block_k` deep, `group_m` row tiles sharing a weight tile.
 
-    `persistent` asks for `_triton_tma`'s kernel, which takes 16-byte strides only; other operands go the common way.
+    `kernel` names who makes it: `"plain"`, or where the operands have 16-byte strides `"persistent"` (`_triton_tma`) or
+    `"swapped"` (`_gluon`), whose last tiles of an expert may take up to `slack` rows more. Operands that one of these
+    refuses go to the one before it.
     """
 
     block_m: int
@@ -25,12 +27,31 @@ class Config:
     num_warps: int
     num_stages: int
     group_m: int = 16
-    persistent: bool = False
+    kernel: str = "plain"
+    slack: int = 0
 
     @property
     def plain(self) -> Config:
         """What the common kernel runs; pointers take registers, and a stage less than tensor maps have is enough."""
-        return replace(self, num_warps=8, num_stages=3, persistent=False) if self.persistent else self
+        return self if self.kernel == "plain" else replace(_LARGE, num_stages=3, kernel="plain")
+
+    @property
+    def persistent(self) -> Config:
+        """What `_triton_tma` runs where `_gluon` does not."""
+        return _LARGE if self.kernel == "swapped" else self
+
+    def padded(self, rows: int) -> tuple[int, int]:
+        """Rows that the tiles of an expert with `rows` compute, and how many of its tiles are odd ones.
+
+        A swapped tile's tail is rounded to 16, what lies behind the tiles that could take it to a tile of 64 or 128.
+        """
+        full, left = divmod(rows, self.block_m)
+        if not self.slack:
+            return (full + (left > 0)) * self.block_m, 0
+        if left <= self.slack * min(full, 2):
+            return full * self.block_m + -(-left // 16) * 16, -(-left // self.slack)
+        height = next(h for h in (64, 128, 256) if left <= h)
+        return full * self.block_m + height, int(height < self.block_m)
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class Product:
     """One product: `rows` of `num_experts` experts, `width` columns of weights, `depth` the contraction.
 
     `sources` rows are read: fewer than `rows` where a token is gathered for each of its experts. `out` columns are
-    written.
+    written. `swaps`: can `_gluon` make it?
     """
 
     rows: int
@@ -47,6 +68,7 @@ class Product:
     depth: int
     out: int
     sources: int
+    swaps: bool = False
 
     @property
     def gathered(self) -> bool:
@@ -60,61 +82,85 @@ class Product:
 @dataclass(frozen=True)
 class Cost:
     """What a tile costs on one GPU: `rate` TB/s that it reaches when memory is what it waits for, `slowdown` of its
-    arithmetic against the peak, `start` µs a tile. `blocks` run on a multiprocessor."""
+    arithmetic against the peak, `start` µs a tile. An odd tile (see `Config.padded`) costs `odd` rows beyond its own,
+    since it brings in as many weights as any. `blocks` run on a multiprocessor."""
 
     rate: float
     slowdown: float
     start: float
+    odd: int = 0
     blocks: int = 1
 
 
-_PLAIN_16, _PLAIN_32, _PLAIN_64 = Config(16, 128, 128, 4, 4), Config(32, 128, 64, 4, 5), Config(64, 128, 64, 4, 4)
-_LOW, _SQUARE, _LARGE = (
-    Config(64, 256, 64, 4, 4, persistent=True),
-    Config(128, 128, 64, 8, 5, persistent=True),
-    Config(128, 256, 64, 8, 4, persistent=True),
+_PLAIN_16, _PLAIN_32 = Config(16, 128, 128, 4, 4), Config(32, 128, 64, 4, 5)
+_LOW, _LARGE = (
+    Config(64, 256, 64, 4, 4, kernel="persistent"),
+    Config(128, 256, 64, 8, 4, kernel="persistent"),
 )
-# Fitted to 56 products (qwen3-30b, olmoe, mixtral and gpt-oss, 16 to 2048 tokens) on an H200, 2026-11-23: (gathered,
-# contiguous). Choosing by them costs 1.1% over the best of 13 tiles in the mean.
+TALL, WIDE = (
+    Config(128, 256, 64, 4, 4, kernel="swapped", slack=32),
+    Config(256, 128, 64, 4, 4, kernel="swapped", slack=32),
+)
+# Fitted to 185 products of seven models with 16 to 16384 tokens on an H200, 2026-11-23: (gathered, contiguous).
+# Choosing by them costs 1% over the best of these tiles in the mean.
 PEAK_TFLOPS, PROCESSORS = 790.0, 132
-H200: dict[Config, tuple[Cost, Cost]] = {
-    _PLAIN_16: (Cost(4.3, 5.4, 0.6), Cost(4.3, 5.45, 0.3)),
-    _PLAIN_32: (Cost(4.3, 3.05, 1.0, 2), Cost(4.3, 3.05, 1.5, 2)),
-    _LOW: (Cost(4.3, 1.35, 2.5), Cost(4.15, 1.15, 1.0)),
-    _SQUARE: (Cost(3.4, 2.05, 0.6), Cost(4.0, 1.05, 0.6)),
-    _LARGE: (Cost(3.7, 1.15, 1.5), Cost(4.0, 1.0, 1.0)),
+COPY_RATE = 3.6  # TB/s of rows copied into their order
+H200: dict[Config, tuple[Cost, Cost | None]] = {
+    _PLAIN_16: (Cost(4.4, 5.8, 0.0), Cost(4.3, 5.55, 0.3)),
+    _PLAIN_32: (Cost(4.4, 3.0, 1.5, blocks=2), Cost(4.3, 3.05, 1.5, blocks=2)),
+    _LOW: (Cost(4.1, 1.36, 2.5), Cost(4.0, 1.24, 1.0)),
+    _LARGE: (Cost(3.9, 1.06, 2.0), Cost(3.95, 1.02, 1.0)),
+    TALL: (Cost(4.1, 1.10, 1.0, odd=60), Cost(4.15, 1.0, 1.0, odd=60)),
+    WIDE: (None, Cost(3.95, 1.02, 1.0, odd=20)),
 }
 
 
 # Where another tile was measured more than 2% ahead of the model's (H200, 2026-11-23; all had passed the oracle):
 # (experts, width, depth) -> rows an expert, to the nearest power of two -> tile.
-TUNED: dict[tuple[int, int, int], dict[int, Config]] = {
-    (8, 28672, 4096): {16: _PLAIN_32},  # mixtral-8x7b
-    (8, 4096, 14336): {64: _LARGE, 128: _SQUARE, 256: _SQUARE},
-    (128, 5760, 2880): {64: _LARGE},  # gpt-oss-120b
-    (128, 2880, 2880): {16: _PLAIN_32, 32: _PLAIN_64},
-}
+TUNED: dict[tuple[int, int, int], dict[int, Config]] = {}
 
 
-def expected_tiles(product: Product, block_m: int) -> float:
-    """Row tiles of even routing: the sum over experts and j of the probability of more than `j · block_m` rows."""
-    mean = product.rows_per_expert
-    total, j, more = 0.0, 0, 1 - math.exp(-mean)
-    while more > 1e-4 or j * block_m < mean:
-        total, j = total + more, j + 1
-        more = 0.5 * math.erfc((j * block_m + 0.5 - mean) / math.sqrt(2 * mean))
-    return product.num_experts * total
+@functools.lru_cache(maxsize=4096)
+def expected_rows(config: Config, odd: int, mean: float) -> float:
+    """What an expert's tiles cost under even routing, in rows: those computed, and `odd` for every odd tile.
+
+    Its number of rows is Poisson's, for which a normal distribution stands in from 30 on.
+    """
+    spread = 5 * math.sqrt(mean) + 5
+    counts = range(max(0, int(mean - spread)), int(mean + spread) + 1)
+    if mean < 30:
+        chances = [math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in counts] if mean > 0 else [1.0]
+    else:
+        chances = [math.exp(-((n - mean) ** 2) / (2 * mean)) for n in counts]
+    total = 0.0
+    for n, chance in zip(counts, chances, strict=False):
+        rows, odd_tiles = config.padded(n)
+        total += chance * (rows + odd * odd_tiles)
+    return total / sum(chances)
 
 
 def microseconds(config: Config, cost: Cost, p: Product) -> float:
     """Estimated time: the larger of what memory and arithmetic take, rounded where they meet."""
     hit = p.num_experts * (1 - math.exp(-p.rows_per_expert))
     memory = 2 * (hit * p.width * p.depth + p.sources * p.depth + p.rows * p.out) / cost.rate / 1e6
-    waves = expected_tiles(p, config.block_m) * math.ceil(p.width / config.block_n) / (PROCESSORS * cost.blocks)
+    tiles = p.num_experts * expected_rows(config, cost.odd, p.rows_per_expert) / config.block_m
+    waves = tiles * math.ceil(p.width / config.block_n) / (PROCESSORS * cost.blocks)
     waves += 0.7 * (math.ceil(waves) - waves)  # the last wave is not full, but its tiles run the faster for it
     step = 2 * config.block_m * config.block_n * config.block_k * PROCESSORS * cost.blocks / PEAK_TFLOPS / 1e6
     work = waves * (math.ceil(p.depth / config.block_k) * step * cost.slowdown + cost.start)
     return (memory**6 + work**6) ** (1 / 6)
+
+
+def cheapest(product: Product) -> tuple[Config, float]:
+    """The tile that `H200` finds best for a product, and its estimated time."""
+    costs = {config: kinds[not product.gathered] for config, kinds in H200.items()}
+    times = {
+        config: microseconds(config, cost, product)
+        for config, cost in costs.items()
+        if cost is not None and (product.swaps or config.kernel != "swapped")
+    }
+    best = min(times, key=lambda config: times[config])
+    return best, times[best]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,7 +176,7 @@ def gemm_config(arch: str, dtype: torch.dtype, product: Product) -> Config:
         tuned = TUNED.get((product.num_experts, product.width, product.depth), {})
         if rows >= 1 and (config := tuned.get(2 ** round(math.log2(rows)))):
             return config
-        return min(H200, key=lambda config: microseconds(config, H200[config][not product.gathered], product))
+        return cheapest(product)[0]
     if arch.startswith("gfx"):  # 64 KiB of LDS
         if rows <= 16:
             return Config(16, 64, 128, 4, 2)
@@ -150,13 +196,12 @@ def gemm_config(arch: str, dtype: torch.dtype, product: Product) -> Config:
 def sorts_first(arch: str, product: Product) -> bool:
     """Is it worth copying gathered rows into their order, so that the product may load them as tiles?
 
-    Gathering costs the product 7.5% where arithmetic bounds it, the copy a read and a write of the rows at 2.5 TB/s
-    (H200, 2026-11-23, four models): it pays for wide weights, as Mixtral's.
+    The copy is a read and a write of the rows at `COPY_RATE`; it pays for wide weights, as Mixtral's.
     """
-    if arch != "sm_90" or not product.gathered or product.rows_per_expert < 256:
+    if arch != "sm_90" or not product.gathered or product.rows_per_expert < 192:
         return False
-    gather = 0.075 * 2 * product.rows * product.width * product.depth / PEAK_TFLOPS / 1e6
-    return gather > 2 * (product.rows + product.sources) * product.depth / 2.5e6
+    copy = 2 * (product.rows + product.sources) * product.depth / COPY_RATE / 1e6
+    return cheapest(replace(product, sources=product.rows))[1] + copy < cheapest(product)[1]
 
 
 def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

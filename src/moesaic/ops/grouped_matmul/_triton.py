@@ -9,10 +9,13 @@ tiles lie is known on the device only, so grids are upper bounds and surplus slo
 from __future__ import annotations
 
 import functools
+import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import hardware
 from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from . import _triton_tma
@@ -239,20 +242,43 @@ def _gemm_launch(
     return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages), num_slots
 
 
+def swaps(problem, *, K: int, gathered: bool, gated: bool = False, keeps: bool = False, transposed=None) -> bool:
+    """Can `_gluon` make a product of a problem, where `_triton_tma` can?
+
+    Not where it `keeps` what the activation is given, where gates and ups lie apart in weights stored input-major, or
+    where gathered rows are not whole stages long.
+    """
+    apart = gated and (problem.transposed if transposed is None else transposed) and not problem.interleaved
+    refused = keeps or apart or (gathered and K % 64 != 0)
+    return problem.arch == "sm_90" and not refused and hardware.has_gluon()
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
-    arch: str, dtype: torch.dtype, batch_invariant: bool, rows: int, E: int, width: int, K: int, N: int, sources: int
-) -> Config:
+    arch: str, dtype: torch.dtype, batch_invariant: bool, swaps: bool, rows: int, E: int, width: int, K: int, N: int,
+    sources: int,
+) -> Config:  # fmt: skip
     """The configuration of a product, as `Product` describes it."""
     if batch_invariant and not same_bits(arch, dtype):
         rows = sources = 64 * E
-    return gemm_config(arch, dtype, Product(rows, E, width, K, N, sources))
+    return gemm_config(arch, dtype, Product(rows, E, width, K, N, sources, swaps))
 
 
 @functools.lru_cache(maxsize=4096)
-def sorts(arch: str, dtype: torch.dtype, rows: int, E: int, width: int, K: int, N: int, sources: int) -> bool:
+def sorts(
+    arch: str, dtype: torch.dtype, swaps: bool, rows: int, E: int, width: int, K: int, N: int, sources: int
+) -> bool:
     """Should rows be copied into their order before this product? See `sorts_first`."""
-    return dtype != torch.float32 and sorts_first(arch, Product(rows, E, width, K, N, sources))
+    return dtype != torch.float32 and sorts_first(arch, Product(rows, E, width, K, N, sources, swaps))
+
+
+def _mapped(c: Config, x: Tensor, w: Tensor, N: int, K: int, gathered: bool, swap: bool) -> tuple[Any, Config]:
+    """The module of a kernel with tensor maps and what it runs; None where c or the operands are not for one."""
+    if c.kernel == "plain" or _triton_tma.why_not(x, w, N, K) is not None:
+        return None, c
+    if c.kernel == "swapped" and swap and not (gathered and c.block_m > 128):
+        return importlib.import_module("._gluon", __package__), c
+    return _triton_tma, c.persistent
 
 
 def gemm(
@@ -268,11 +294,15 @@ def gemm(
     gated = activation is not None and activation.gated
     act = None if activation is None else (activation.name, activation.alpha, activation.limit)
     top_k = top_k if gather is not None else 0
-    c = config or choose(
-        problem.arch, x.dtype, problem.batch_invariant, rows, E, 2 * N if gated else N, K, N, x.shape[0]
+    swap = swaps(
+        problem, K=K, gathered=gather is not None, gated=gated, keeps=hidden is not None, transposed=transposed
     )
-    if c.persistent and _triton_tma.why_not(x, w, N, K) is None:
-        _triton_tma.gemm(x, w, transposed, tiles, out, K, gather, top_k, bias, act, problem.interleaved, hidden, c)
+    c = config or choose(
+        problem.arch, x.dtype, problem.batch_invariant, swap, rows, E, 2 * N if gated else N, K, N, x.shape[0]
+    )
+    module, c = _mapped(c, x, w, N, K, gather is not None, swap)
+    if module is not None:
+        module.gemm(x, w, transposed, tiles, out, K, gather, top_k, bias, act, problem.interleaved, hidden, c)
         if zero_tail:
             _triton_tma.zero_tail(out, tiles.offsets)
         return out
@@ -324,7 +354,8 @@ def bias_grad(
 
 def default_config(problem) -> Config:
     R, E, N, K = problem.num_slots, problem.num_experts, problem.intermediate_size, problem.hidden_size
-    return choose(problem.arch, problem.dtype, problem.batch_invariant, R, E, N, K, N, problem.num_tokens)
+    swap = swaps(problem, K=K, gathered=False)
+    return choose(problem.arch, problem.dtype, problem.batch_invariant, swap, R, E, N, K, N, problem.num_tokens)
 
 
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:

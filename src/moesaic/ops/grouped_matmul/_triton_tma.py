@@ -142,7 +142,7 @@ def why_not(x: Tensor, w: Tensor, N: int, K: int) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return "needs half precision"
     if w.shape[0] >= MAX_EXPERTS or N >= 64 * MAX_COLUMN_TILES:  # 64: a gated tile's least columns
-        return f"needs fewer than {MAX_EXPERTS} experts and column tiles"
+        return f"needs fewer than {MAX_EXPERTS} experts and {64 * MAX_COLUMN_TILES} columns"
     if w.stride(2) != 1 or x.stride(1) != 1:
         return "needs unit strides"
     if any(s % 8 for s in (w.stride(0), w.stride(1), x.stride(0), N, K)) or (x.data_ptr() | w.data_ptr()) % 16:
@@ -161,7 +161,7 @@ def _weight_map(w: Tensor, transposed: bool, joined: bool, N: int, K: int, c) ->
     return TensorMap(w, (E, 2, N, K), (we, N * w1, w1, 1), (1, 2, n // 2, k))
 
 
-def _row_map(rows: Tensor, block_m: int, columns: int) -> TensorMap:
+def row_map(rows: Tensor, block_m: int, columns: int) -> TensorMap:
     """Rows to load or store, of which `load_rows` and `store_rows` name the end."""
     width, stride, big = rows.shape[1], rows.stride(0), 0x7FFF0000
     shape, strides = (big, big, 1 << 30, width), (2**34 - stride, stride, stride, 1)
@@ -195,14 +195,14 @@ def gemm(
         x.dtype, programs, N, K, top_k, transposed, activation, interleaved, bias is not None, hidden is not None,
         x.stride(0), c,
     )  # fmt: skip
-    x_map = None if gather is not None else _row_map(x, m, c.block_k)
+    x_map = None if gather is not None else row_map(x, m, c.block_k)
     w_map = _weight_map(w, transposed, joined, N, K, c)
-    out_map = _row_map(out, m, out_n if gated else out_n // 2)
+    out_map = row_map(out, m, out_n if gated else out_n // 2)
     hidden_map = up_map = None
     if hidden is not None and joined:  # two maps, so that a tile past the gates' end does not reach the ups
-        hidden_map, up_map = (_row_map(part, m, out_n) for part in hidden.chunk(2, 1))
+        hidden_map, up_map = (row_map(part, m, out_n) for part in hidden.chunk(2, 1))
     elif hidden is not None:
-        hidden_map = _row_map(hidden, m, n // 2)
+        hidden_map = row_map(hidden, m, n // 2)
     launch((entries, used, x, gather, bias, x_map, w_map, out_map, hidden_map, up_map), (x.stride(0),))
 
 

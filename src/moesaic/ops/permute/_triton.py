@@ -34,6 +34,17 @@ def _permute_kernel(
 
 
 @triton.jit
+def _spread_kernel(x_ptr, row_index_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """`out[row_index[t, k]] = x[t]`: a token is read once and written to all of its rows."""
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + token * stride_x + offs, mask=offs < H, other=0.0)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_index_ptr + token * TOP_K + k)
+        tl.store(out_ptr + row.to(tl.int64) * H + offs, x, mask=(row >= 0) & (offs < H))
+
+
+@triton.jit
 def _combine_kernel(
     rows_ptr, row_index_ptr, weights_ptr, residual_ptr, out_ptr, stride_rows, stride_residual,
     H: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -97,6 +108,21 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
         stride = x.stride(0)
         launch = _permute_launch(x.dtype, R, H, top_k, stride)
         launch((x, row_order, expert_offsets[-1:], out), (stride,))
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _spread_launch(dtype: torch.dtype, T: int, H: int, top_k: int, stride: int) -> Launch:
+    block = _block(H)
+    return Launch(_spread_kernel, (T, -(-H // block), 1), (H, top_k, block))
+
+
+def spread(x: Tensor, row_index: Tensor, top_k: int) -> Tensor:
+    """`permute` by tokens; rows behind the last expert's are left as they are."""
+    T, H = x.shape
+    out = x.new_empty((T * top_k, H))
+    if out.numel():
+        _spread_launch(x.dtype, T, H, top_k, x.stride(0))((x, row_index, out), (x.stride(0),))
     return out
 
 
