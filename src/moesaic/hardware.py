@@ -1,7 +1,7 @@
 """What the machine is: architecture names, processor counts, instruction sets, and the one guarded import of Triton.
 
-`from moesaic.hardware import triton, tl`, or `gluon, gl`, imports Triton when first read, so that `import moesaic` never
-does.
+`from moesaic.hardware import triton, tl` or `gluon, gl` imports Triton when it is first read, so that `import moesaic`
+never does.
 """
 
 from __future__ import annotations

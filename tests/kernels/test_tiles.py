@@ -127,13 +127,13 @@ def test_tiles_grow_with_the_rows(gathered):
     assert [h for _, h in heights] == sorted(h for _, h in heights)
 
 
-@pytest.mark.parametrize(("arch", "dtype", "tuned"), [
-    ("sm_80", torch.bfloat16, False), ("sm_90", torch.float32, False), ("gfx942", torch.float16, False),
-    ("sm_90", torch.bfloat16, True),
+@pytest.mark.parametrize(("arch", "dtype", "depth", "tuned"), [
+    ("sm_80", torch.bfloat16, 256, False), ("sm_90", torch.float32, 256, False), ("gfx942", torch.float16, 256, False),
+    ("sm_90", torch.bfloat16, 128, False), ("sm_90", torch.bfloat16, 192, True),
 ])  # fmt: skip
-def test_batch_invariant_tiles(arch, dtype, tuned):
+def test_batch_invariant_tiles(arch, dtype, depth, tuned):
     """One configuration for every batch, except where all of them give the same bits."""
-    product = (8, 512, 256, 512)
+    product = (8, 512, depth, 512)
     chosen = {products.choose(arch, dtype, True, True, R, *product, R) for R in (1, 64, 300, 1000, 100000)}
     assert (len(chosen) > 1) == tuned
     assert len({products.choose(arch, dtype, False, True, R, *product, R) for R in (1, 100000)}) == 2
@@ -218,6 +218,51 @@ def test_persistent_product(counts, kind, weights, gathered, device):
     else:
         assert_close(hidden, want, K, name="hidden")
         assert_close(out, apply(act, want, interleaved), K, name="activations")
+
+
+HEIGHTS = (1, 63, 64, 65, 0, 127, 128, 129, 144, 145, 160, 161, 192, 256, 257, 273, 288, 289, 320, 321, 384, 544, 600)
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and hardware.has_gluon()
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs an sm_90 GPU and Triton 3.6")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", EPILOGUES, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(("config", "gathered"), [(TALL, True), (TALL, False), (WIDE, False)], ids=str)
+def test_swapped_product(config, gathered, weights, kind, dtype, device):
+    """Every height that a tile can have, widths that leave part of the last one; the persistent kernel's bits."""
+    E, N, K, R = len(HEIGHTS), 264, 192 if gathered else 328, sum(HEIGHTS)
+    name, interleaved = (kind or "identity").split()[0], "interleaved" in (kind or "")
+    act = ACTIVATIONS[name] if kind else None
+    transposed = weights == "transposed"
+    g = torch.Generator().manual_seed(0)
+    routing = Routing.from_topk(None, counts_to_ids(HEIGHTS).to(device), E)
+    x = torch.randn(R, K, generator=g).to(device, dtype)
+    w = (torch.randn(E, act.width(N) if act else N, K, generator=g) * K**-0.5).to(device, dtype)
+    bias = torch.randn(E, w.shape[1], generator=g).to(device, dtype)
+    problem = Problem("fused_experts", device, "sm_90", dtype, R, 1, E, K, N, name, interleaved, transposed)
+    gated = act is not None and act.gated
+    if not products.swaps(problem, K=K, gathered=gathered, gated=gated):
+        assert transposed and kind == "swiglu"
+        pytest.skip("gates and ups lie apart")
+    tiles = products.TileTable(routing.expert_offsets, R)
+    x[7] = float("nan")  # which no other token may see
+
+    def product(c):
+        return products.gemm(
+            x, w.mT.contiguous() if transposed else w, transposed, tiles, problem, N=N, K=K, bias=bias, config=c,
+            gather=routing.row_order if gathered else None, top_k=1, activation=act,
+        )  # fmt: skip
+
+    out = product(config)
+    assert all(torch.equal(product(config).nan_to_num(), out.nan_to_num()) for _ in range(20))
+    assert torch.equal(product(config.persistent).nan_to_num(), out.nan_to_num())
+    rows = x.double()[routing.row_order.long()] if gathered else x.double()
+    want = grouped_matmul(rows, w.double(), routing, bias=bias.double(), implementation="reference")
+    want = apply(act, want, interleaved) if act else want
+    live = ~rows.isnan().any(1)
+    assert_close(out[live], want[live], K)
+    assert out[~live].isnan().all()
 
 
 @pytest.mark.parametrize("dropped", [0, 5, 33])

@@ -259,7 +259,7 @@ def choose(
     sources: int,
 ) -> Config:  # fmt: skip
     """The configuration of a product, as `Product` describes it."""
-    if batch_invariant and not same_bits(arch, dtype):
+    if batch_invariant and not same_bits(arch, dtype, K):
         rows = sources = 64 * E
     return gemm_config(arch, dtype, Product(rows, E, width, K, N, sources, swaps))
 
