@@ -188,16 +188,15 @@ def run(plan: Plan, progress: Callable[[str], None] = lambda what: None) -> Iter
 def _cell(plan: Plan, peak: roofline.Roofline, layer: Layer, shape: str, dtype: str, tokens: int) -> list[Row]:
     """Every candidate on one shape, dtype and number of tokens."""
     batches = layer.batches(tokens, plan.distribution, plan.seed)
-    picked, oracle = layer.oracle(batches[0])
+    exact = layer.oracle(batches[0])
     candidates = [peer_named(name) for name in (*plan.ours, *plan.peers)]
     calls, errors, reasons = {}, {}, {}
     for peer in candidates:
-        made = _prepare(peer, layer, batches)
+        made = _prepare(peer, layer, batches, exact)
         if isinstance(made, str):
             reasons[peer.name] = made
-            continue
-        calls[peer.name], y = made
-        errors[peer.name] = error_report(y[picked], oracle).norm if peer.comparable else None
+        else:
+            calls[peer.name], errors[peer.name] = made
     graphs = frozenset(p.name for p in candidates if p.graph and tokens <= GRAPH_TOKENS and not plan.train)
     seconds = plan.seconds / len(plan.protocols)
     # all bursts come first: a sustained window would leave its clocks to the burst behind it
@@ -263,25 +262,37 @@ def _implementation(peer: Peer, layer: Layer, tokens: int) -> str:
     return peer.name.partition(":")[2] or explanation(layer, tokens).chosen or ""
 
 
-def _prepare(peer: Peer, layer: Layer, batches: list[Batch]):
-    """The candidate built and run once: `(call(i), y of batch 0)`, or the reason why it cannot."""
+def _prepare(peer: Peer, layer: Layer, batches: list[Batch], exact: tuple[torch.Tensor, torch.Tensor]):
+    """The candidate built and run once on every batch: `(call(i), error on batch 0)`, or the reason why it cannot."""
     if reason := peer.why_not(layer):
         return reason
     try:
-        forward = peer.build(layer)
+        forward, error = peer.build(layer), None
         call = _trainer(forward, layer, batches) if layer.train else _inference(forward, batches)
         with torch.no_grad():
-            y = forward(batches[0]).detach().clone()
-        call(0)
-        call(len(batches) - 1)
-        if layer.device.type == "cuda":
-            torch.cuda.synchronize(layer.device)
-    except foreign_errors() as error:
-        if layer.device.type == "cuda":
-            torch.cuda.synchronize(layer.device)
-        text = str(error).strip() or "no message"
-        return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
-    return call, y
+            y = forward(batches[0]).detach()
+        if peer.comparable(layer):
+            error = error_report(y[exact[0]], exact[1]).norm
+        for i in range(len(batches)):
+            call(i)
+        _synchronize(layer.device)
+    except foreign_errors() as caught:
+        text = str(caught).strip() or "no message"
+        reason = f"{type(caught).__name__}: {text.splitlines()[0][:200]}"
+        try:
+            _synchronize(layer.device)
+        except RuntimeError as broken:
+            raise RuntimeError(
+                f"bench: {peer.name} left the device in an error that no later call survives ({reason}); "
+                f"run again without it."
+            ) from broken
+        return reason
+    return call, error
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _inference(forward, batches: list[Batch]):

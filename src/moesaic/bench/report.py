@@ -21,7 +21,7 @@ import torch
 from ..errors import MissingExtra
 from ..hardware import arch_of, cpu_name, sm_count
 from .harness import Figures, Result, Row
-from .peers import found
+from .libraries import found
 
 PACKAGES = ("moesaic", "torch", "triton", "transformers", "numpy", "vllm", "sonic-moe", "quack-kernels", "liger-kernel")
 
