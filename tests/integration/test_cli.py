@@ -107,7 +107,7 @@ def test_colour_is_for_terminals_and_can_be_declined():
         (("bench", "--dtypes", "int3"), "must be one of bf16"),
         (("bench", "--tokens", "many"), "whole numbers"),
         (("bench", "--tokens", "0"), "at least 1"),
-        (("bench", "--distribution", "odd"), "must be one of uniform"),
+        (("bench", "--distribution", "odd"), "each must be one of uniform"),
         (("bench", "--clocks", "warm"), "must be some of burst, sustained"),
         (("demo", "--checkpoint", "/nonexistent"), "train_tiny_lm.py"),
         (("demo", "--checkpoint", "examples/tiny_lm", "--shapes", "nonesuch"), "must be one of mixtral-8x7b"),

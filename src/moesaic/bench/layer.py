@@ -123,6 +123,10 @@ class Layer:
             weights.requires_grad_(self.train), low.requires_grad_(self.train), grad,
         )  # fmt: skip
 
+    def loads(self, batch: Batch) -> list[int]:
+        """Rows of each expert."""
+        return batch.ids_long.flatten().bincount(minlength=self.case.num_experts).tolist()
+
     def oracle(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`(tokens, y)`: some tokens of the batch, evenly spread, and their exact output in fp64."""
         case, T = self.case, batch.x.shape[0]

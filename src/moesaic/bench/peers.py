@@ -125,10 +125,7 @@ def padding(implementation: str, layer: Layer, batches: list[Batch]) -> float | 
     extra = getattr(OPS["fused_experts"].implementation(implementation), "padding", None)
     if extra is None:
         return None
-    loads = [batch.ids_long.flatten().bincount(minlength=layer.case.num_experts).tolist() for batch in batches]
-    return statistics.mean(
-        extra(problem_of(layer, batch.x.shape[0]), n) for batch, n in zip(batches, loads, strict=True)
-    )
+    return statistics.mean(extra(problem_of(layer, batch.x.shape[0]), layer.loads(batch)) for batch in batches)
 
 
 # ---------------------------------------------------------------- torch
