@@ -8,7 +8,7 @@ import importlib.util
 import io
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +19,10 @@ from torch.autograd import DeviceType
 
 from moesaic.bench import Plan, Row, harness, peers, report, run, timing
 from moesaic.bench.layer import Layer, case_named
+from moesaic.cli.screen import Screen
 from moesaic.problem import Problem
 
+verb = importlib.import_module("moesaic.cli.bench")
 ROOT = Path(__file__).parents[2]
 CPU, CPU_WORK = torch.device("cpu"), timing.ProfilerActivity.CPU
 
@@ -308,6 +310,60 @@ def test_plots_have_a_panel_for_each_spread(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "_panel", lambda axis, rows, title: titles.append((title, len(rows))))
     report.plot(result, tmp_path / "a.png")
     assert titles == [("olmoe-small, bf16", 1), ("olmoe-small, bf16, hot", 1)]
+
+
+# ---------------------------------------------------------------- sweeps
+def test_a_range_of_tokens_is_powers_of_two_and_half_way_between():
+    assert verb._tokens("1..16") == (1, 2, 3, 4, 6, 8, 12, 16)
+    assert verb._tokens("5..100,7, 8") == (6, 8, 12, 16, 24, 32, 48, 64, 96, 7)
+    every = verb._tokens("1..32768")
+    assert len(every) == 30 and every[-2:] == (24576, 32768)
+    for wrong in ("1..", "..4", "1...4", "a..b", "1.5"):
+        with pytest.raises(ValueError, match=r"--tokens: must be whole numbers or ranges A\.\.B"):
+            verb._tokens(wrong)
+
+
+def swept(times: dict[int, float], **more):
+    """A result whose rows take these ms, over a floor of T microseconds."""
+    result = harness.Result(Plan(("a",), tuple(times), device="cpu", **more))
+    one = {"shape": "a", "dtype": "bf16", "clocks": "call"}
+    for tokens, ms in times.items():
+        result.rows.append(Row(**one, peer="moesaic", ours=True, tokens=tokens, ms=ms, floor_ms=tokens / 1e3))
+        result.rows.append(Row(**one, peer="vllm", ours=False, tokens=tokens, ms=1 / tokens, floor_ms=tokens / 1e3))
+    return result
+
+
+def test_a_sweep_finds_cliffs_and_the_steepest_step():
+    (line,) = report.sweep(swept({8: 1.0, 1: 0.5, 2: 0.9, 4: 0.81, 16: 1.95, 32: 1.8}))
+    assert line["tokens"] == [1, 2, 4, 8, 16, 32] and (line["shape"], line["distribution"]) == ("a", "uniform")
+    (cliff,) = line["cliffs"]  # 2 to 4 lies at 1.11; 16 to 32 is within what noise does
+    assert (cliff["tokens"], cliff["next"], cliff["ms"], cliff["next_ms"]) == (2, 4, 0.9, 0.81)
+    top = line["steepest"]
+    assert (top["tokens"], top["next"]) == (8, 16) and top["beyond_floor"] == pytest.approx(1.95 / 2)
+
+
+def test_one_number_of_tokens_is_no_sweep_and_skewed_cells_have_one_of_their_own():
+    assert report.sweep(swept({8: 1.0})) == []
+    result = swept({1: 1.0, 2: 2.0})
+    result.rows += [replace(row, distribution="hot", ms=3 / row.tokens) for row in result.rows]
+    even, hot = report.sweep(result)
+    assert even["cliffs"] == [] and [c["tokens"] for c in hot["cliffs"]] == [1] and hot["distribution"] == "hot"
+
+
+def test_each_protocol_has_its_own_sweep(two_protocols):
+    *_, result = run(Plan(("olmoe-small",), (2, 4), peers=(), seconds=0.01))
+    assert [line["clocks"] for line in report.sweep(result)] == ["burst", "sustained"]
+    assert all(line["cliffs"] == [] for line in report.sweep(result))
+
+
+@pytest.mark.parametrize(
+    "times, shown", [({1: 2.0, 2: 1.0}, "T=1 takes 2.00 ms, T=2 1.00 ms"), ({1: 1.0, 2: 3.0}, "no cliff; steepest")]
+)
+def test_a_sweep_is_printed(capsys, times, shown):
+    (line,) = report.sweep(swept(times))
+    verb._print_sweep(Screen(False), line)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "moesaic on a bf16, T=1 to 2: " in text and shown in text
 
 
 # ---------------------------------------------------------------- tables

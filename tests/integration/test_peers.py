@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moesaic.bench import Plan, libraries, limits, peers, run
+from moesaic.bench import Plan, harness, libraries, limits, peers, run
 from moesaic.bench.layer import Layer, case_named
 from moesaic.testing import assert_close
 
@@ -226,3 +226,21 @@ def test_a_peer_that_fails_is_left_out_with_its_error(monkeypatch, error, place)
     ((name, reason),) = result.not_run
     wanted = "ValueError: error_report: out must" if place == "shape" else f"{type(error).__name__}: "
     assert name == "odd" and reason.startswith(wanted) and "\n" not in reason
+
+
+def test_a_run_ends_with_the_culprit_where_a_peer_breaks_the_device(monkeypatch):
+    """An illegal address is one: whatever is asked of the device later fails too."""
+    broken = []
+
+    def build(layer):
+        broken.append(True)
+        raise RuntimeError("an illegal memory access")
+
+    def synchronize(device):
+        if broken:
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(harness, "_synchronize", synchronize)
+    monkeypatch.setitem(peers.PEERS, "odd", peers.Peer("odd", "odd", lambda layer: None, build))
+    with pytest.raises(RuntimeError, match=r"odd left the device in an error.*illegal memory.*run again without it"):
+        list(run(Plan(("olmoe-small",), (4,), peers=("odd",), seconds=0.05)))

@@ -23,6 +23,7 @@ from ..hardware import arch_of, cpu_name, sm_count
 from .harness import Figures, Result, Row
 from .libraries import found
 
+CLIFF = 1.1  # a T that takes this many times as long as the next larger one, beyond what noise does
 PACKAGES = ("moesaic", "torch", "triton", "transformers", "numpy", "vllm", "sonic-moe", "quack-kernels", "liger-kernel")
 
 # Candidates keep their colour in every plot: ours dark and heavy, peers from one qualitative set.
@@ -103,6 +104,7 @@ def record(result: Result, commit_id: str | None = None, note: str = "") -> dict
             dtype: {"GB/s": r.bandwidth / 1e9, "TFLOP/s": r.flops / 1e12} for dtype, r in result.rooflines.items()
         },
         "summary": summary(result),
+        "sweep": sweep(result),
         "skipped": result.skipped,
         "not_run": [{"peer": p, "reason": why, "cells": cells} for (p, why), cells in result.not_run.items()],
         "rows": [{k: v for k, v in asdict(row).items() if k != "why_not"} for row in result.measured],
@@ -127,6 +129,34 @@ def summary(result: Result) -> list[dict[str, Any]]:
         if ratios:
             out.append({"ours": ours, "peer": peer, "distribution": spread, "clocks": clocks, "cells": len(ratios),
                         "ratio": _low_and_mean(ratios), "paired": _low_and_mean(paired)})  # fmt: skip
+    return out
+
+
+def sweep(result: Result) -> list[dict[str, Any]]:
+    """How the time of ours grows with T, a line for each layer, distribution and protocol with two T or more.
+
+    `cliffs` holds every T that takes over `CLIFF` times as long as the next larger one: there a larger batch is faster.
+    `steepest` is the step to the next larger T whose time grows most in relation to its floor.
+    """
+    lines: dict[tuple, list[Row]] = {}
+    for row in sorted(result.measured, key=lambda row: row.tokens):
+        if row.ours:
+            lines.setdefault((row.peer, row.cell._replace(tokens=0)), []).append(row)
+    out = []
+    for ((name, cell), rows), clocks in itertools.product(lines.items(), result.plan.protocols):
+        if len(rows) < 2:
+            continue
+        timed = [(row.tokens, row.figures[clocks].ms or 0, row.figures[clocks].floor_ms or 0) for row in rows]
+        steps = [
+            {"tokens": a, "next": b, "ms": ms, "next_ms": next_ms, "beyond_floor": next_ms / ms / (next_floor / floor)}
+            for (a, ms, floor), (b, next_ms, next_floor) in itertools.pairwise(timed)
+        ]
+        out.append({
+            "ours": name, "shape": cell.shape, "dtype": cell.dtype, "distribution": cell.distribution, "clocks": clocks,
+            "tokens": [tokens for tokens, *_ in timed],
+            "cliffs": [step for step in steps if step["ms"] > CLIFF * step["next_ms"]],
+            "steepest": max(steps, key=lambda step: step["beyond_floor"]),
+        })  # fmt: skip
     return out
 
 
@@ -242,7 +272,8 @@ def plot(result: Result, path: Path) -> None:
     sheet.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across, frameon=False, fontsize=9)
     what = "forward and backward" if result.plan.train else "forward"
     name = device_name(torch.device(result.plan.device))
-    sheet.suptitle(f"One layer of experts, {what}, on {name}: median time (lower is better)", fontsize=10)
+    end = "\n" if columns == 1 else " "
+    sheet.suptitle(f"One layer of experts, {what}, on {name}:{end}median time (lower is better)", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path)
 
@@ -262,7 +293,8 @@ def _panel(axis, rows: list[Row], title: str) -> None:
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
     axis.fill_between(tokens, 0, list(floor.values()), color="#000000", alpha=0.06, linewidth=0)
     axis.set_ylim(bottom=min(floor.values()) / 1.6)
-    axis.set_xticks(tokens, [str(t) for t in tokens])
+    ticks = tokens[:: -(-len(tokens) // 8)]  # room for eight
+    axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_title(title, fontsize=10)

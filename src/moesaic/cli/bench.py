@@ -15,7 +15,7 @@ from ..bench.peers import DENSE
 from ..bench.timing import PROTOCOLS
 from ..cases import DISTRIBUTIONS
 from ..errors import MissingExtra
-from .screen import Clock, Device, Json, Screen, UsageMistake, clean, names, numbers, pick_device
+from .screen import Clock, Device, Json, Screen, UsageMistake, clean, names, pick_device
 
 
 def bench(
@@ -23,7 +23,9 @@ def bench(
     shapes: Annotated[
         str, typer.Option(help="Names in moesaic.cases.CASES; NAME-small shrinks one.")
     ] = "olmoe,qwen3-30b-a3b",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,8,64,512",
+    tokens: Annotated[
+        str, typer.Option(help="Numbers of tokens; 1..64: powers of two up to 64, and 1.5 times them.")
+    ] = "1,8,64,512",
     dtypes: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp64.")] = "bf16",
     peers: Annotated[str, typer.Option(help=f"all, none, or some of {', '.join(PEERS)}.")] = "all",
     ours: Annotated[str, typer.Option(help="moesaic, or moesaic:IMPLEMENTATION to force one.")] = "moesaic",
@@ -55,7 +57,7 @@ def bench(
         return
     screen, here, clock = Screen(as_json), pick_device(device), Clock()
     plan = Plan(
-        names(shapes), numbers(tokens, "--tokens"), names(dtypes), _peers(peers), str(here), train, names(distribution),
+        names(shapes), _tokens(tokens), names(dtypes), _peers(peers), str(here), train, names(distribution),
         seconds, rounds, names(ours), tuple(PROTOCOLS) if clocks == "both" else names(clocks),
     )  # fmt: skip
     check_before(plan, "bench", plot)
@@ -129,6 +131,8 @@ def _rest(screen: Screen, result: Result, seconds: float) -> None:
             f" over {line['cells']} cells, lowest {ratio['lowest']:.2f}x at {ratio['at']}; round by round "
             f"{paired['mean']:.2f}x, lowest {paired['lowest']:.2f}x at {paired['at']}",
         ))  # fmt: skip
+    for line in report.sweep(result):
+        _print_sweep(screen, line)
     if DENSE not in result.plan.peers and not result.plan.train:
         screen.print(f"[dim]the share of the dense bound is shown where --peers names {DENSE}[/dim]")
     for peer, limits in {row.peer: row.limits for row in result.measured if row.limits}.items():
@@ -141,6 +145,35 @@ def _rest(screen: Screen, result: Result, seconds: float) -> None:
     for row in result.failed:
         screen.print(Text(f"FAILED: {row.peer} on {row.cell}: {row.why_not}", style="red"))
     screen.print(f"[dim]{seconds:.0f} s[/dim]")
+
+
+def _print_sweep(screen: Screen, line: dict[str, Any]) -> None:
+    """Whether a larger batch is ever faster, and the steepest step."""
+    spread = "" if line["distribution"] == "uniform" else f" {line['distribution']}"
+    clocks = "" if line["clocks"] == "call" else f", {line['clocks']}"
+    top, ends = line["steepest"], f"T={line['tokens'][0]} to {line['tokens'][-1]}"
+    cliffs = "; ".join(
+        f"cliff: T={c['tokens']} takes {report.figure(c['ms'])} ms, T={c['next']} {report.figure(c['next_ms'])} ms"
+        for c in line["cliffs"]
+    )
+    screen.print(Text(
+        f"{line['ours']} on {line['shape']} {line['dtype']}{spread}{clocks}, {ends}: {cliffs or 'no cliff'}; steepest "
+        f"from T={top['tokens']} to {top['next']}, where time grows {top['beyond_floor']:.2f}x what the roofline does",
+        style="yellow" if cliffs else "dim",
+    ))  # fmt: skip
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    """Whole numbers, each once; `A..B` stands for the powers of two from A to B, and for those half way between two."""
+    steps = sorted(n << i for n in (1, 3) for i in range(30))
+    out: list[int] = []
+    try:
+        for part in names(text):
+            first, dots, last = part.partition("..")
+            out += [n for n in steps if int(first) <= n <= int(last)] if dots else [int(part)]
+    except ValueError as error:
+        raise UsageMistake(f"--tokens: must be whole numbers or ranges A..B, got {text!r}.") from error
+    return tuple(dict.fromkeys(out))
 
 
 def _peers(text: str) -> tuple[str, ...]:
