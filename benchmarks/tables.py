@@ -19,10 +19,10 @@ TITLES = {
 
 
 def cells(record: dict) -> dict[tuple[str, str, int], dict[str, dict]]:
-    """`(shape, dtype, tokens) -> candidate -> row`, in the order of the record."""
+    """`(shape, dtype, tokens) -> candidate -> row` of uniform routing, in the order of the record."""
     out: dict[tuple[str, str, int], dict[str, dict]] = {}
     for row in record["rows"]:
-        if row.get("why_not") is None:
+        if row.get("why_not") is None and row.get("distribution", "uniform") == "uniform":
             out.setdefault((row["shape"], row["dtype"], row["tokens"]), {})[row["peer"]] = row
     return out
 

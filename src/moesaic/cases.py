@@ -81,7 +81,7 @@ def zipf(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> T
     return popularity - torch.log(-torch.log(torch.rand(tokens, experts, generator=generator).clamp(1e-9, 1 - 1e-7)))
 
 
-def one_hot_expert(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
+def hot(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
     """Half of all tokens choose expert 0 first; the rest is uniform."""
     scores = torch.rand(tokens, experts, generator=generator)
     scores[: (tokens + 1) // 2, 0] += 2
@@ -94,4 +94,4 @@ def decode(tokens: int, experts: int, top_k: int, generator: torch.Generator) ->
     return scores
 
 
-DISTRIBUTIONS = {"uniform": uniform, "zipf": zipf, "one_hot_expert": one_hot_expert, "decode": decode}
+DISTRIBUTIONS = {"uniform": uniform, "zipf": zipf, "hot": hot, "decode": decode}

@@ -8,7 +8,7 @@ import importlib.util
 import io
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +19,10 @@ from torch.autograd import DeviceType
 
 from moesaic.bench import Plan, Row, harness, peers, report, run, timing
 from moesaic.bench.layer import Layer, case_named
+from moesaic.cli.screen import Screen
 from moesaic.problem import Problem
 
+verb = importlib.import_module("moesaic.cli.bench")
 ROOT = Path(__file__).parents[2]
 CPU, CPU_WORK = torch.device("cpu"), timing.ProfilerActivity.CPU
 
@@ -191,7 +193,7 @@ def two_protocols(monkeypatch):
 
 
 def measured(*names: str, **more):
-    (result,) = run(Plan(("olmoe-small",), (6,), peers=names, **({"seconds": 0.1} | more)))
+    *_, result = run(Plan(("olmoe-small",), (6,), peers=names, **({"seconds": 0.1} | more)))
     return result, {row.peer: row for row in result.measured}
 
 
@@ -233,6 +235,135 @@ def test_without_the_bound_there_is_no_share_of_it():
 def test_unknown_clocks_are_refused(clocks):
     with pytest.raises(ValueError, match="clocks: must be some of burst, sustained"):
         Plan(("olmoe-small",), clocks=clocks).check()
+
+
+# ---------------------------------------------------------------- skewed routing
+def test_uniform_comes_first_and_skewed_cells_are_held_against_it(monkeypatch):
+    """Two numbers of tokens, three spreads; the n-th cell takes n ms of ours, and peers ten times as long."""
+    seen = []
+
+    def interleave(calls, batches, device, seconds, min_rounds, graphs, clocks):
+        seen.append(clocks)
+        ms = (len(seen) + 1) // 2 * (1e-3 if clocks == "burst" else 2e-3)
+        return {name: timing.Sample("event", [ms if name == "moesaic" else 10 * ms] * 2) for name in calls}
+
+    monkeypatch.setattr(harness, "interleave", interleave)
+    monkeypatch.setattr(Plan, "protocols", property(lambda plan: plan.clocks))
+    spreads = ("hot", "uniform", "zipf")
+    plan = Plan(("mixtral-8x7b-small",), (6, 40), peers=("torch_loop",), seconds=0.01, distributions=spreads)
+    *_, result = run(plan)
+    rows = {(r.tokens, r.distribution): r for r in result.measured if r.ours}
+    assert list(rows) == [(t, spread) for t in (6, 40) for spread in ("uniform", "hot", "zipf")]
+    wanted = {"uniform": (None, None), "hot": (2, 5 / 4), "zipf": (3, 6 / 4)}
+    for (tokens, spread), row in rows.items():
+        ratio = wanted[spread][tokens == 40]
+        assert row.vs_uniform == row.sustained.vs_uniform == (ratio and pytest.approx(ratio))
+    layer = Layer.make(case_named("mixtral-8x7b-small"), torch.float32, CPU)
+    for spread in spreads:
+        most = [int(batch.ids_long.flatten().bincount().max()) for batch in layer.batches(40, spread)]
+        assert rows[40, spread].longest == pytest.approx(sum(most) / len(most) / (40 * 2 / 8))
+    assert rows[40, "hot"].longest >= 20 / (40 * 2 / 8) > rows[40, "uniform"].longest
+    assert [(line["distribution"], line["cells"]) for line in report.summary(result)[::2]] == [(s, 2) for s in spreads]
+    assert str(rows[40, "hot"].cell) == "mixtral-8x7b-small bf16 T=40 hot"
+    assert str(rows[40, "uniform"].cell) == "mixtral-8x7b-small bf16 T=40"
+
+
+@pytest.mark.parametrize("spread", ["uniform", "zipf", "hot"])
+def test_every_candidate_gets_the_same_routing(monkeypatch, spread):
+    seen: dict[str, list] = {"a": [], "b": []}
+    for name, batches in seen.items():
+        peer = peers.Peer(name, name, lambda layer: None, lambda layer, kept=batches: lambda b: kept.append(b) or b.x)
+        monkeypatch.setitem(peers.PEERS, name, peer)
+    next(run(Plan(("mixtral-8x7b-small",), (8,), peers=("a", "b"), seconds=0.01, distributions=(spread,))))
+    batches = {id(b): b for b in seen["a"]}
+    assert batches.keys() == {id(b) for b in seen["b"]} and len(batches) == 16
+    if spread == "hot":
+        assert all((b.ids == 0).any(1).sum() >= 4 for b in batches.values())
+
+
+def test_a_run_without_uniform_routing_has_nothing_to_hold_it_against():
+    (result,) = run(Plan(("olmoe-small",), (6,), peers=(), seconds=0.01, distributions=("zipf",)))
+    assert result.measured[0].vs_uniform is None and result.measured[0].distribution == "zipf"
+
+
+@pytest.mark.parametrize("distributions", [(), ("uniform", "odd")])
+def test_unknown_distributions_are_refused(distributions):
+    with pytest.raises(ValueError, match="distribution: each must be one of uniform, zipf, hot"):
+        Plan(("olmoe-small",), distributions=distributions).check()
+
+
+def test_the_table_tells_spreads_apart():
+    even, skewed = (
+        full_row("moesaic", True),
+        full_row("moesaic", True, distribution="hot", vs_uniform=1.37, longest=9.5),
+    )
+    text = " ".join(drawn([even, skewed], 200))
+    for shown in ("routing", "uniform", "hot", "1.37x", "longest", "9.5x"):
+        assert shown in text
+    assert "routing" not in " ".join(drawn([even], 200))
+
+
+def test_plots_have_a_panel_for_each_spread(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    result, _ = measured(distributions=("uniform", "hot"), seconds=0.01)
+    titles = []
+    monkeypatch.setattr(report, "_panel", lambda axis, rows, title: titles.append((title, len(rows))))
+    report.plot(result, tmp_path / "a.png")
+    assert titles == [("olmoe-small, bf16", 1), ("olmoe-small, bf16, hot", 1)]
+
+
+# ---------------------------------------------------------------- sweeps
+def test_a_range_of_tokens_is_powers_of_two_and_half_way_between():
+    assert verb._tokens("1..16") == (1, 2, 3, 4, 6, 8, 12, 16)
+    assert verb._tokens("5..100,7, 8") == (6, 8, 12, 16, 24, 32, 48, 64, 96, 7)
+    every = verb._tokens("1..32768")
+    assert len(every) == 30 and every[-2:] == (24576, 32768)
+    for wrong in ("1..", "..4", "1...4", "a..b", "1.5"):
+        with pytest.raises(ValueError, match=r"--tokens: must be whole numbers or ranges A\.\.B"):
+            verb._tokens(wrong)
+
+
+def swept(times: dict[int, float], **more):
+    """A result whose rows take these ms, over a floor of T microseconds."""
+    result = harness.Result(Plan(("a",), tuple(times), device="cpu", **more))
+    one = {"shape": "a", "dtype": "bf16", "clocks": "call"}
+    for tokens, ms in times.items():
+        result.rows.append(Row(**one, peer="moesaic", ours=True, tokens=tokens, ms=ms, floor_ms=tokens / 1e3))
+        result.rows.append(Row(**one, peer="vllm", ours=False, tokens=tokens, ms=1 / tokens, floor_ms=tokens / 1e3))
+    return result
+
+
+def test_a_sweep_finds_cliffs_and_the_steepest_step():
+    (line,) = report.sweep(swept({8: 1.0, 1: 0.5, 2: 0.9, 4: 0.81, 16: 1.95, 32: 1.8}))
+    assert line["tokens"] == [1, 2, 4, 8, 16, 32] and (line["shape"], line["distribution"]) == ("a", "uniform")
+    (cliff,) = line["cliffs"]  # 2 to 4 lies at 1.11; 16 to 32 is within what noise does
+    assert (cliff["tokens"], cliff["next"], cliff["ms"], cliff["next_ms"]) == (2, 4, 0.9, 0.81)
+    top = line["steepest"]
+    assert (top["tokens"], top["next"]) == (8, 16) and top["beyond_floor"] == pytest.approx(1.95 / 2)
+
+
+def test_one_number_of_tokens_is_no_sweep_and_skewed_cells_have_one_of_their_own():
+    assert report.sweep(swept({8: 1.0})) == []
+    result = swept({1: 1.0, 2: 2.0})
+    result.rows += [replace(row, distribution="hot", ms=3 / row.tokens) for row in result.rows]
+    even, hot = report.sweep(result)
+    assert even["cliffs"] == [] and [c["tokens"] for c in hot["cliffs"]] == [1] and hot["distribution"] == "hot"
+
+
+def test_each_protocol_has_its_own_sweep(two_protocols):
+    *_, result = run(Plan(("olmoe-small",), (2, 4), peers=(), seconds=0.01))
+    assert [line["clocks"] for line in report.sweep(result)] == ["burst", "sustained"]
+    assert all(line["cliffs"] == [] for line in report.sweep(result))
+
+
+@pytest.mark.parametrize(
+    "times, shown", [({1: 2.0, 2: 1.0}, "T=1 takes 2.00 ms, T=2 1.00 ms"), ({1: 1.0, 2: 3.0}, "no cliff; steepest")]
+)
+def test_a_sweep_is_printed(capsys, times, shown):
+    (line,) = report.sweep(swept(times))
+    verb._print_sweep(Screen(False), line)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "moesaic on a bf16, T=1 to 2: " in text and shown in text
 
 
 # ---------------------------------------------------------------- tables
@@ -289,6 +420,12 @@ def test_the_records_that_are_here_make_a_table(tables):
     record = tables.load("h200", "forward")
     lines = tables.gpu_table(record).splitlines()
     assert len(lines) == 2 + len(tables.cells(record)) and len({line.count("|") for line in lines}) == 1
+
+
+def test_readme_tables_are_of_uniform_routing(tables):
+    row = {"shape": "a", "dtype": "bf16", "tokens": 1, "peer": "moesaic"}
+    rows = [row | {"ms": 1.0}, row | {"ms": 2.0, "distribution": "uniform"}, row | {"ms": 3.0, "distribution": "hot"}]
+    assert tables.cells({"rows": rows})["a", "bf16", 1]["moesaic"]["ms"] == 2.0
 
 
 def test_readme_tables_take_records_with_and_without_the_new_figures(tables):

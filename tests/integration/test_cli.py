@@ -107,7 +107,8 @@ def test_colour_is_for_terminals_and_can_be_declined():
         (("bench", "--dtypes", "int3"), "must be one of bf16"),
         (("bench", "--tokens", "many"), "whole numbers"),
         (("bench", "--tokens", "0"), "at least 1"),
-        (("bench", "--distribution", "odd"), "must be one of uniform"),
+        (("bench", "--tokens", "1.."), "ranges A..B"),
+        (("bench", "--distribution", "odd"), "each must be one of uniform"),
         (("bench", "--clocks", "warm"), "must be some of burst, sustained"),
         (("demo", "--checkpoint", "/nonexistent"), "train_tiny_lm.py"),
         (("demo", "--checkpoint", "examples/tiny_lm", "--shapes", "nonesuch"), "must be one of mixtral-8x7b"),
@@ -216,6 +217,7 @@ def test_bench_writes_a_record_that_says_everything(tmp_path):
         assert (row["dense"] is None) == (row["peer"] == "dense_bmm")
         if row["peer"] != "dense_bmm":  # it computes something else
             assert row["error"] < (1e-2 if row["dtype"] == "bf16" else 1e-6)
+    assert {(s["dtype"], *s["tokens"]) for s in record["sweep"]} == {("bf16", 1, 6), ("fp32", 1, 6)}
     (line,) = (s for s in record["summary"] if s["peer"] == "torch_loop")
     assert line["cells"] == 4 and 0 < line["ratio"]["lowest"] <= line["ratio"]["mean"]
     reasons = {line["peer"]: line["reason"] for line in record["not_run"]}

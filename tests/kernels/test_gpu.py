@@ -91,9 +91,7 @@ def test_compile_fullgraph(olmoe):
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "olmoe", "gpt-oss-120b"])
-@pytest.mark.parametrize(
-    ("tokens", "distribution"), [(1, "uniform"), (16, "decode"), (500, "zipf"), (2000, "one_hot_expert")]
-)
+@pytest.mark.parametrize(("tokens", "distribution"), [(1, "uniform"), (16, "decode"), (500, "zipf"), (2000, "hot")])
 def test_real_shapes(name, tokens, distribution):
     case = CASES[name]
     inputs = make_inputs(case, tokens, torch.bfloat16, "cuda", distribution)

@@ -187,7 +187,7 @@ def test_distributions_are_legal_and_of_their_kind(distribution):
     load = torch.bincount(ids.flatten(), minlength=16) / 512
     if distribution == "uniform":
         assert load.max() < 0.4
-    elif distribution == "one_hot_expert":
+    elif distribution == "hot":
         assert 0.5 <= load[0] < 0.75
     else:
         assert load.max() > 2 * load.median()

@@ -91,8 +91,19 @@ class Layer:
         return c.activation == "swiglu" and c.layout == "concatenated" and not c.transposed and not c.bias
 
     @property
+    def gpt_oss(self) -> bool:
+        """gpt-oss's form: clipped SwiGLU, gate and up interleaved, biases."""
+        c = self.case
+        return c.activation == "swiglu_oai" and c.layout == "interleaved" and c.bias
+
+    @property
     def interleaved(self) -> bool:
         return self.case.layout == "interleaved"
+
+    def output_major(self) -> tuple[Tensor, Tensor]:
+        """Both weights as `(E, out, in)`, contiguous: copies where they are stored the other way."""
+        up, down = (w.mT.contiguous() if self.case.transposed else w for w in (self.w_gate_up, self.w_down))
+        return up, down
 
     def batches(self, tokens: int, distribution: str = "uniform", seed: int = 0) -> list[Batch]:
         """Batches of `tokens`, each with its own routing, enough of them that weights come from memory."""
@@ -111,6 +122,10 @@ class Layer:
             x.requires_grad_(self.train), logits.to(self.device), ids.int().to(self.device), ids.to(self.device),
             weights.requires_grad_(self.train), low.requires_grad_(self.train), grad,
         )  # fmt: skip
+
+    def loads(self, batch: Batch) -> list[int]:
+        """Rows of each expert."""
+        return batch.ids_long.flatten().bincount(minlength=self.case.num_experts).tolist()
 
     def oracle(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`(tokens, y)`: some tokens of the batch, evenly spread, and their exact output in fp64."""

@@ -21,8 +21,9 @@ import torch
 from ..errors import MissingExtra
 from ..hardware import arch_of, cpu_name, sm_count
 from .harness import Figures, Result, Row
-from .peers import found
+from .libraries import found
 
+CLIFF = 1.1  # a T that takes this many times as long as the next larger one, beyond what noise does
 PACKAGES = ("moesaic", "torch", "triton", "transformers", "numpy", "vllm", "sonic-moe", "quack-kernels", "liger-kernel")
 
 # Candidates keep their colour in every plot: ours dark and heavy, peers from one qualitative set.
@@ -103,6 +104,7 @@ def record(result: Result, commit_id: str | None = None, note: str = "") -> dict
             dtype: {"GB/s": r.bandwidth / 1e9, "TFLOP/s": r.flops / 1e12} for dtype, r in result.rooflines.items()
         },
         "summary": summary(result),
+        "sweep": sweep(result),
         "skipped": result.skipped,
         "not_run": [{"peer": p, "reason": why, "cells": cells} for (p, why), cells in result.not_run.items()],
         "rows": [{k: v for k, v in asdict(row).items() if k != "why_not"} for row in result.measured],
@@ -112,21 +114,49 @@ def record(result: Result, commit_id: str | None = None, note: str = "") -> dict
 def summary(result: Result) -> list[dict[str, Any]]:
     """Each of ours against each peer over all cells they share: geometric mean and lowest ratio; above 1 is faster.
 
-    A line for each protocol, `clocks`. `ratio` compares medians; `paired` is the median over rounds of the ratio within
-    a round, which noise touches less.
+    A line for each distribution and each protocol, `clocks`. `ratio` compares medians; `paired` is the median over
+    rounds of the ratio within a round, which noise touches less.
     """
-    cells = {(r.shape, r.dtype, r.tokens, r.peer): r.figures for r in result.measured}
-    out = []
-    for ours, peer, clocks in itertools.product(result.plan.ours, result.plan.peers, result.plan.protocols):
+    cells = {(r.cell, r.peer): r.figures for r in result.measured}
+    plan, out = result.plan, []
+    for ours, peer, spread, clocks in itertools.product(plan.ours, plan.peers, plan.distributions, plan.protocols):
         ratios, paired = {}, {}
-        for (shape, dtype, tokens, name), figures in cells.items():
-            other = cells.get((shape, dtype, tokens, peer))
-            if name == ours and other is not None:
-                where, own = f"{shape} {dtype} T={tokens}", figures[clocks]
-                ratios[where], paired[where] = (other[clocks].ms or 0) / (own.ms or 1), own.paired[peer]
+        for (cell, name), figures in cells.items():
+            other = cells.get((cell, peer))
+            if name == ours and cell.distribution == spread and other is not None:
+                own = figures[clocks]
+                ratios[str(cell)], paired[str(cell)] = (other[clocks].ms or 0) / (own.ms or 1), own.paired[peer]
         if ratios:
-            out.append({"ours": ours, "peer": peer, "clocks": clocks, "cells": len(ratios),
+            out.append({"ours": ours, "peer": peer, "distribution": spread, "clocks": clocks, "cells": len(ratios),
                         "ratio": _low_and_mean(ratios), "paired": _low_and_mean(paired)})  # fmt: skip
+    return out
+
+
+def sweep(result: Result) -> list[dict[str, Any]]:
+    """How the time of ours grows with T, a line for each layer, distribution and protocol with two T or more.
+
+    `cliffs` holds every T that takes over `CLIFF` times as long as the next larger one: there a larger batch is faster.
+    `steepest` is the step to the next larger T whose time grows most in relation to its floor.
+    """
+    lines: dict[tuple, list[Row]] = {}
+    for row in sorted(result.measured, key=lambda row: row.tokens):
+        if row.ours:
+            lines.setdefault((row.peer, row.cell._replace(tokens=0)), []).append(row)
+    out = []
+    for ((name, cell), rows), clocks in itertools.product(lines.items(), result.plan.protocols):
+        if len(rows) < 2:
+            continue
+        timed = [(row.tokens, row.figures[clocks].ms or 0, row.figures[clocks].floor_ms or 0) for row in rows]
+        steps = [
+            {"tokens": a, "next": b, "ms": ms, "next_ms": next_ms, "beyond_floor": next_ms / ms / (next_floor / floor)}
+            for (a, ms, floor), (b, next_ms, next_floor) in itertools.pairwise(timed)
+        ]
+        out.append({
+            "ours": name, "shape": cell.shape, "dtype": cell.dtype, "distribution": cell.distribution, "clocks": clocks,
+            "tokens": [tokens for tokens, *_ in timed],
+            "cliffs": [step for step in steps if step["ms"] > CLIFF * step["next_ms"]],
+            "steepest": max(steps, key=lambda step: step["beyond_floor"]),
+        })  # fmt: skip
     return out
 
 
@@ -136,7 +166,7 @@ def _low_and_mean(values: dict[str, float]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- table
-Cell = Callable[[Row], str]
+Entry = Callable[[Row], str]
 _HEADS = {"call": "", "burst": "burst", "sustained": "sust."}
 
 
@@ -154,10 +184,10 @@ def table(rows: Sequence[Row], title: str, width: int = 120):
     return out
 
 
-def _columns(protocols: Iterable[str]) -> list[tuple[str, Cell]]:
+def _columns(protocols: Iterable[str]) -> list[tuple[str, Entry]]:
     """Heads and cells in the order of their importance; a cell is empty where its row has no value."""
 
-    def timed(head: str, cell: Callable[[Row, Figures], str]) -> list[tuple[str, Cell]]:
+    def timed(head: str, cell: Callable[[Row, Figures], str]) -> list[tuple[str, Entry]]:
         """A column for each protocol."""
         return [(f"{head}\n{_HEADS[p]}".strip(), lambda row, p=p: cell(row, row.figures[p])) for p in protocols]
 
@@ -165,6 +195,8 @@ def _columns(protocols: Iterable[str]) -> list[tuple[str, Cell]]:
         *timed("ms", lambda row, f: figure(f.ms)),
         *timed("vs\nbest", lambda row, f: _ratio(row, f.vs_best_peer)),
         *timed("dense", lambda row, f: "" if f.dense is None else f"{f.dense:.0%}"),
+        *timed("vs\nuniform", lambda row, f: "" if f.vs_uniform is None else f"{f.vs_uniform:.2f}x"),
+        ("longest", lambda row: "" if row.longest is None or row.cell == row.cell.even else f"{row.longest:.1f}x"),
         ("roofline", lambda row: f"{row.roofline:.0%}"),
         ("error", lambda row: "" if row.error is None else f"{row.error:.1e}"),
         ("padding", lambda row: "" if row.padding is None else f"{row.padding:.0%}"),
@@ -175,20 +207,24 @@ def _columns(protocols: Iterable[str]) -> list[tuple[str, Cell]]:
     ]
 
 
-def _table(rows: Sequence[Row], title: str, columns: Sequence[tuple[str, Cell]]):
+def _table(rows: Sequence[Row], title: str, columns: Sequence[tuple[str, Entry]]):
     from rich.table import Table
 
     out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for name in ("T", "candidate", *(head for head, _ in columns)):
-        out.add_column(name, justify="left" if name == "candidate" else "right", no_wrap=True)
-    for tokens in dict.fromkeys(row.tokens for row in rows):
-        group = [row for row in rows if row.tokens == tokens]
+    spread = ["routing"] if any(row.cell != row.cell.even for row in rows) else []
+    for name in ("T", *spread, "candidate", *(head for head, _ in columns)):
+        out.add_column(name, justify="left" if name in ("routing", "candidate") else "right", no_wrap=True)
+    for here in dict.fromkeys(row.cell for row in rows):
+        group = [row for row in rows if row.cell == here]
         fastest = min(row.ms or 0 for row in group)
         for i, row in enumerate(group):
             name = row.peer + (f" ({row.implementation})" if row.implementation and ":" not in row.peer else "")
             cells = (cell(row) or "–" for _, cell in columns)
             style = "bold" if row.ms == fastest else ""
-            out.add_row("" if i else str(tokens), name, *cells, end_section=i + 1 == len(group), style=style)
+            place = [str(here.tokens), here.distribution][: 1 + len(spread)]
+            out.add_row(
+                *([""] * len(place) if i else place), name, *cells, end_section=i + 1 == len(group), style=style
+            )
     return out
 
 
@@ -210,7 +246,7 @@ def figure(value: float | None) -> str:
 
 # ---------------------------------------------------------------- plot
 def plot(result: Result, path: Path) -> None:
-    """Time against tokens, one panel for each shape and dtype, with the measured roofline beneath.
+    """Time against tokens, one panel for each shape, dtype and distribution, with the measured roofline beneath.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -219,13 +255,14 @@ def plot(result: Result, path: Path) -> None:
         raise MissingExtra("matplotlib", "plot", "the plot")
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((row.shape, row.dtype) for row in result.measured))
+    panels = list(dict.fromkeys(row.cell._replace(tokens=0) for row in result.measured))
     columns = min(len(panels), 3) or 1
     lines = -(-len(panels) // columns) or 1
     sheet = Figure(figsize=(0.8 + 3.9 * columns, 1.1 + 3.3 * lines), layout="constrained", dpi=140)
     axes = list(sheet.subplots(lines, columns, squeeze=False).flat)
-    for axis, (shape, dtype) in zip(axes, panels, strict=False):
-        _panel(axis, [r for r in result.measured if (r.shape, r.dtype) == (shape, dtype)], f"{shape}, {dtype}")
+    for axis, panel in zip(axes, panels, strict=False):
+        title = f"{panel.shape}, {panel.dtype}" + ("" if panel == panel.even else f", {panel.distribution}")
+        _panel(axis, [r for r in result.measured if r.cell._replace(tokens=0) == panel], title)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles = {}
@@ -235,7 +272,8 @@ def plot(result: Result, path: Path) -> None:
     sheet.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across, frameon=False, fontsize=9)
     what = "forward and backward" if result.plan.train else "forward"
     name = device_name(torch.device(result.plan.device))
-    sheet.suptitle(f"One layer of experts, {what}, on {name}: median time (lower is better)", fontsize=10)
+    end = "\n" if columns == 1 else " "
+    sheet.suptitle(f"One layer of experts, {what}, on {name}:{end}median time (lower is better)", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path)
 
@@ -255,7 +293,8 @@ def _panel(axis, rows: list[Row], title: str) -> None:
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
     axis.fill_between(tokens, 0, list(floor.values()), color="#000000", alpha=0.06, linewidth=0)
     axis.set_ylim(bottom=min(floor.values()) / 1.6)
-    axis.set_xticks(tokens, [str(t) for t in tokens])
+    ticks = tokens[:: -(-len(tokens) // 8)]  # room for eight
+    axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_title(title, fontsize=10)

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bench import report
-from ..bench.peers import PEERS, found
+from ..bench.libraries import found
+from ..bench.peers import PEERS
 from ..cases import CASES
 from ..hardware import MIN_COMPUTE_CAPABILITY, arch_of, cpu_flags, cpu_name, cpu_vendor, interpreting, sm_count
 from ..op import explain

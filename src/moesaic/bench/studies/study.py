@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import MissingExtra
-from ..peers import found
+from ..libraries import found
 from ..report import device_name, machine, provenance
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MissingExtra
-from ..peers import found
+from ..libraries import found
 
 SEED = 0
 PEAK_LR, FINAL_LR, WARMUP = 3e-3, 1e-4, 50
