@@ -158,7 +158,7 @@ def test_padding_rounds_every_expert_up_to_the_tile(monkeypatch, tile, loads, ex
     monkeypatch.setattr(experts.products, "choose", config)
     problem = Problem("fused_experts", "cuda", "sm_90", torch.bfloat16, 64, 2, 4, 96, 80, "swiglu")
     assert experts.padding(problem, list(loads)) == pytest.approx(extra / max(sum(loads), 1))
-    assert asked == [("sm_90", torch.bfloat16, False, 128, 4, 160, 96, 80, 64)]  # what the up product runs
+    assert asked == [("sm_90", torch.bfloat16, False, False, 128, 4, 160, 96, 80, 64)]  # what the up product runs
 
 
 def test_padding_of_a_row_is_that_of_its_implementation(monkeypatch):
