@@ -24,14 +24,14 @@ from moesaic.bench.layer import Layer
 from moesaic.bench.timing import interleave
 from moesaic.cases import CASES
 from moesaic.ops.grouped_matmul import _triton as products
-from moesaic.ops.grouped_matmul._configs import H200
-from moesaic.ops.permute._triton import permute, unpermute
+from moesaic.ops.grouped_matmul._configs import H200, TALL, WIDE
+from moesaic.ops.permute._triton import permute, spread, unpermute
 from moesaic.problem import Problem
 from moesaic.testing import assert_close
 
 LARGE = products.Config(128, 256, 64, 8, 4, kernel="persistent")
 PLAIN = products.Config(128, 256, 64, 8, 3)
-SUSTAINED = ("128x256", "groups of", "sorted before", "bmm", "sort rows")
+SUSTAINED = ("128x256", "256x128", "sorted before", "bmm")
 
 
 class Parts:
@@ -69,7 +69,8 @@ class Parts:
     def calls(self) -> dict:
         r, E, R = self.r, self.case.num_experts, self.a.shape[0]
         out = {"combine": lambda: unpermute(self.y, r.topk_weights, r.row_index, self.K)}
-        out["sort rows"] = lambda: permute(self.x, r.row_order, r.expert_offsets, self.K)
+        out["sort rows"] = lambda: spread(self.x, r.row_index, self.K)
+        out["sort rows, a program a row"] = lambda: permute(self.x, r.row_order, r.expert_offsets, self.K)
         out["tile table"] = lambda: products.TileTable(r.expert_offsets, R).of(128, -(-self.I // 128), 16)
         source = torch.empty((R + self.x.shape[0]) * self.H // 2, dtype=torch.bfloat16, device="cuda")
         target = torch.empty_like(source)
@@ -78,9 +79,12 @@ class Parts:
             if R > 256 * E and config.block_m <= 32:
                 continue  # tens of milliseconds
             name = f"{config.kernel} {config.block_m}x{config.block_n}"
-            out[f"up, {name}"] = lambda c=config: self.up(c)
+            if config is not WIDE:  # which does not gather
+                out[f"up, {name}"] = lambda c=config: self.up(c)
             out[f"down, {name}"] = lambda c=config: self.down(c)
-        out["up, rows sorted before"] = lambda: self.up(LARGE, False)
+        for config in (LARGE, TALL, WIDE):
+            name = f"{config.kernel} {config.block_m}x{config.block_n}"
+            out[f"up, rows sorted before, {name}"] = lambda c=config: self.up(c, False)
         for group in (1, 4, 64):
             config = replace(LARGE, group_m=group)
             out[f"up, groups of {group}"] = lambda c=config: self.up(c)
@@ -103,8 +107,9 @@ class Parts:
             h += self.layer.b_gate_up[expert].double()
         assert_close(self.a[live], apply(self.act, h, self.case.layout == "interleaved"), self.H)
         for config in H200:
-            assert torch.equal(self.up(config), self.a) and torch.equal(self.down(config), self.y), config
-        assert torch.equal(self.up(LARGE, False), self.a)
+            assert torch.equal(self.up(config, config is not WIDE), self.a), config
+            assert torch.equal(self.down(config), self.y), config
+        assert torch.equal(self.up(LARGE, False), self.a) and torch.equal(self.up(TALL, False), self.a)
 
 
 def like(t: torch.Tensor) -> dict:
