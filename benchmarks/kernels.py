@@ -124,7 +124,11 @@ def main() -> None:
     parser.add_argument("--commit", default=None)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    record = dict(
+        what="kernels", date=datetime.now(UTC).isoformat(timespec="seconds"), commit=args.commit,
+        command=f"python benchmarks/kernels.py --shapes {args.shapes} --tokens {args.tokens} --rounds {args.rounds}",
+        machine=report.machine(torch.device("cuda")), versions=report.versions(), rows=[],
+    )  # fmt: skip
     for name in args.shapes.split(","):
         for T in map(int, args.tokens.split(",")):
             parts = Parts(CASES[name], T)
@@ -137,17 +141,12 @@ def main() -> None:
                 graphs = frozenset(calls)
                 times = interleave(calls, 1, torch.device("cuda"), 0.0, args.rounds, graphs=graphs, clocks=clocks)
                 row[f"{clocks}_us"] = {what: round(sample.median * 1e6, 1) for what, sample in times.items()}
-            rows.append(row)
+            record["rows"].append(row)
             print(row, flush=True)
+            if args.out:  # kept up to date
+                args.out.write_text(json.dumps(record, indent=1))
             del parts, calls
             torch.cuda.empty_cache()
-    if args.out:
-        record = dict(
-            what="kernels", date=datetime.now(UTC).isoformat(timespec="seconds"), commit=args.commit,
-            command=f"python benchmarks/kernels.py --shapes {args.shapes} --tokens {args.tokens}",
-            machine=report.machine(torch.device("cuda")), versions=report.versions(), rows=rows,
-        )  # fmt: skip
-        args.out.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
