@@ -105,7 +105,7 @@ TALL, WIDE = (
 # choosing by them loses least: 0.3% over the best of these tiles in the mean, 3.3% at the most.
 PEAK_TFLOPS, PROCESSORS = 790.0, 132
 COPY_RATE = 3.6  # TB/s of rows copied into their order
-H200: dict[Config, tuple[Cost, Cost | None]] = {
+H200: dict[Config, tuple[Cost | None, Cost | None]] = {
     _PLAIN_16: (Cost(4.4, 5.65, 0.0), Cost(4.3, 5.4, 0.3)),
     _PLAIN_32: (Cost(4.35, 3.0, 1.5, blocks=2), Cost(4.25, 3.125, 1.5, blocks=2)),
     _LOW: (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.14, 1.5)),
@@ -118,7 +118,9 @@ H200: dict[Config, tuple[Cost, Cost | None]] = {
 # Where another tile was measured more than 2% ahead of the model's (H200, 2026-11-23; all had passed the oracle):
 # (experts, width, depth) -> rows an expert, to the nearest power of two -> tile.
 TUNED: dict[tuple[int, int, int], dict[int, Config]] = {
-    (8, 4096, 14336): {256: TALL},  # mixtral-8x7b
+    # mixtral-8x7b, whose long contractions outgrow the L2 where wide tiles stand in groups
+    (8, 4096, 14336): {256: TALL, 512: WIDE, **dict.fromkeys((1024, 2048, 4096, 8192), _LARGE)},
+    (8, 28672, 4096): dict.fromkeys((2048, 4096, 8192), TALL),
 }
 
 
@@ -155,12 +157,11 @@ def microseconds(config: Config, cost: Cost, p: Product) -> float:
 
 def cheapest(product: Product) -> tuple[Config, float]:
     """The tile that `H200` finds best for a product, and its estimated time."""
-    costs = {config: kinds[not product.gathered] for config, kinds in H200.items()}
-    times = {
-        config: microseconds(config, cost, product)
-        for config, cost in costs.items()
-        if cost is not None and (product.swaps or config.kernel != "swapped")
-    }
+    times: dict[Config, float] = {}
+    for config, kinds in H200.items():
+        cost = kinds[not product.gathered]
+        if cost is not None and (product.swaps or config.kernel != "swapped"):
+            times[config] = microseconds(config, cost, product)
     best = min(times, key=lambda config: times[config])
     return best, times[best]
 
