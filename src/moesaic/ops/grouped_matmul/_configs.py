@@ -108,7 +108,7 @@ COPY_RATE = 3.6  # TB/s of rows copied into their order
 H200: dict[Config, tuple[Cost | None, Cost | None]] = {
     _PLAIN_16: (Cost(4.4, 5.65, 0.0), Cost(4.3, 5.4, 0.3)),
     _PLAIN_32: (Cost(4.35, 3.0, 1.5, blocks=2), Cost(4.25, 3.125, 1.5, blocks=2)),
-    _LOW: (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.14, 1.5)),
+    _LOW: (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.22, 1.5)),
     _LARGE: (Cost(4.05, 1.06, 2.0), Cost(3.95, 1.08, 0.0)),
     TALL: (Cost(4.2, 1.1, 1.0, odd=60), Cost(4.4, 1.04, 1.0, odd=60)),
     WIDE: (None, Cost(3.95, 1.04, 0.5, odd=20)),
