@@ -135,9 +135,11 @@ class Launch:
 
     def _launch(self, device: int, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
         # plain addresses spare the C side a method call and a driver's question each
-        arguments, bits = [0 if p is None else p.data_ptr() for p in pointers], 0
-        for address in arguments:
+        arguments, bits = [], 0
+        for pointer in pointers:
+            address = 0 if pointer is None else pointer.data_ptr()
             bits |= address
+            arguments.append(address)
         aligned = not bits & 15  # which a compiled kernel relies on
         entry, knobs = self._entries.get(device), _knobs()
         if entry is None or not aligned:

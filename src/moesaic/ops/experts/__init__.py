@@ -117,7 +117,8 @@ def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) ->
     if weights is None:
         raise ValueError(f"{who}: routing weights must be given, got None; pass weights=None, reduce='sum' to add the "
                          "experts' outputs unweighted on purpose.")  # fmt: skip
-    check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
+    if weights.shape != routing.topk_ids.shape:
+        check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
     return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
 
 

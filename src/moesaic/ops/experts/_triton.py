@@ -68,14 +68,14 @@ def fused_experts(
     config: tuple[products.Config, products.Config] | None = None,
 ):  # fmt: skip
     R, K = row_order.shape[0], problem.top_k
-    hidden = x.new_empty((R, act.width(problem.intermediate_size))) if problem.training else None
+    hidden = x.new_empty(R, act.width(problem.intermediate_size)) if problem.training else None
     if R == 0:
         y = x.new_zeros(x.shape)
         return y if residual is None else y.copy_(residual), hidden
     x, b_gate_up, b_down = unit_rows(x), _packed(b_gate_up), _packed(b_down)
     sorts, up, down, sizes = _plan(
         problem, config, R, act.alpha, act.limit, x.stride(0), w_gate_up.stride(), w_down.stride(),
-        b_gate_up is not None, b_down is not None, products.begins(x, w_gate_up), products.begins(w_down),
+        b_gate_up is not None, b_down is not None, products.aligned(x, w_gate_up), products.aligned(w_down, w_down),
         x.get_device(),
     )  # fmt: skip
     tiles = products.TileTable(expert_offsets, R, *sizes)
@@ -90,7 +90,7 @@ def _plan(
     problem, config: tuple[products.Config, products.Config] | None, R: int, alpha: float, limit: float, stride: int,
     up_strides: tuple[int, ...], down_strides: tuple[int, ...], up_bias: bool, down_bias: bool, up_aligned: bool,
     down_aligned: bool, device: int,
-) -> tuple[bool, products.Gemm, products.Gemm, list]:  # fmt: skip
+) -> tuple[bool, products.Gemm, products.Gemm, tuple]:  # fmt: skip
     """Are rows copied into their order first; the up and the down product; what they ask of the tile table."""
     H, I, transposed, sorts = problem.hidden_size, problem.intermediate_size, problem.transposed, _sorts(problem)
     up, down = config or (None, None)
@@ -101,7 +101,7 @@ def _plan(
     )  # fmt: skip
     down = products.plan(problem, down, R, R, H, I, transposed, (I, *down_strides), down_aligned, device,
                          bias=down_bias)  # fmt: skip
-    return sorts, up, down, list(dict.fromkeys(g.tile for g in (up, down) if g.tile))
+    return sorts, up, down, tuple(dict.fromkeys(g.tiles for g in (up, down) if g.tiles))
 
 
 def _packed(t: Tensor | None) -> Tensor | None:

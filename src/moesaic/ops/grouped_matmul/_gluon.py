@@ -14,7 +14,7 @@ import functools
 from ...hardware import gl, gluon
 from ...launch import Launch, TensorMap, ceil_div
 from ._gluon_partitions import BLOCK_K, STAGES, TAIL, consume, mbarrier, produce, produce_gathered
-from ._tiles import Form, epilogue, row_tiles
+from ._tiles import HEAD, Form, Tiles, epilogue, row_tiles
 from ._triton_tma import row_map
 
 
@@ -31,8 +31,7 @@ def _swapped_gemm_kernel(
     Registers: 168 a thread at entry, of which the producer gives most to the consumers. Barriers are set up only if
     they live to the end: the allocator puts data on those that do not.
     """
-    used_ptr = table_ptr.to(gl.pointer_type(gl.int32))  # the head of the table, see `_tiles.head`
-    tiles_ptr = table_ptr + 2
+    tiles_ptr, used_ptr = (table_ptr + HEAD).to(gl.pointer_type(gl.int64)), table_ptr  # see `_tiles.head`
     dtype: gl.constexpr = out_desc.dtype
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MAIN, BLOCK_K], dtype)
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES, MAIN, BLOCK_K], rows)
@@ -101,7 +100,7 @@ def _swapped_launch(form: Form, programs: int, block_m: int) -> Launch:
     return Launch(_swapped_gemm_kernel, (programs, 1, 1), constants, num_warps=4, maps=maps)
 
 
-def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], tuple[int, int, int, int]]:
+def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], Tiles]:
     """As `_triton_tma.launch`."""
     weights = 16384 // c.block_m
     columns = ceil_div(form.N, weights if form.gated else 2 * weights)

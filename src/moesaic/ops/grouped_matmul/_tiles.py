@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
-from ...launch import Launch, pow2
+from ...launch import Launch, ceil_div, pow2
 
 
 @triton.jit
@@ -59,7 +59,8 @@ class Form(NamedTuple):
 
 
 # ---------------------------------------------------------------- the tile table
-HEAD = tl.constexpr(2)  # cells before the entries; two int32 in the first: how many there are, how many are taken
+# A table is int32: how many entries there are, how many are taken, two of nothing, and the entries, 8 bytes each.
+HEAD = tl.constexpr(4)
 # An entry of the table: the tile's first row in 32 bits, its expert in 12, its height in 9, its column tile in 11.
 MAX_EXPERTS, MAX_COLUMN_TILES = 4096, 2048
 PADDING = 1024  # entries of nothing behind the last: whoever looks ahead may read them
@@ -73,8 +74,7 @@ def row_tiles(rows: int, experts: int, block_m: int) -> int:
 @triton.jit
 def head(table_ptr):
     """`(entries, number of entries, where to count those that are taken)`."""
-    counts_ptr = table_ptr.to(tl.pointer_type(tl.int32))
-    return table_ptr + HEAD, tl.load(counts_ptr), counts_ptr + 1
+    return (table_ptr + HEAD).to(tl.pointer_type(tl.int64)), tl.load(table_ptr), table_ptr + 1
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _expert_tiles(
     NUM_N: tl.constexpr = TILES[1]
     GROUP_M: tl.constexpr = TILES[2]
     SLACK: tl.constexpr = TILES[3]
-    tiles_ptr = table_ptr + HEAD
+    tiles_ptr = (table_ptr + HEAD).to(tl.pointer_type(tl.int64))
     e = tl.arange(0, E_POW2)
     begins = tl.load(offsets_ptr + e, mask=e < E, other=0)
     ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
@@ -116,7 +116,8 @@ def _expert_tiles(
     i = tl.arange(0, BLOCK)
     if expert == 0:
         used = tl.sum(tiles, 0) * NUM_N
-        tl.store(table_ptr, used.to(tl.int64))  # and none of them taken
+        tl.store(table_ptr, used)
+        tl.store(table_ptr + 1, 0)
         for j in tl.static_range(0, PADDING, BLOCK):
             tl.store(tiles_ptr + used + j + i, tl.zeros((BLOCK,), tl.int64))
     begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
@@ -154,46 +155,47 @@ def _tiles_kernel(
         _expert_tiles(expert, offsets_ptr, second_ptr, E, E_POW2, SECOND, PADDING, BLOCK)
 
 
+Tiles = tuple[int, int, int, int]  # what a product asks of the table: the arguments of `TileTable.of`
+
+
 @functools.lru_cache(maxsize=4096)
-def tiles_launch(E: int, first: tuple[int, ...], second: tuple[int, ...] | None = None) -> Launch:
+def tiles_launch(E: int, first: Tiles, second: Tiles | None = None) -> Launch:
     grid = (E, 1 if second is None else 2, 1)
     return Launch(_tiles_kernel, grid, (E, pow2(E), first, second, PADDING, 512))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tables(rows: int, E: int, *tiles: Tiles) -> tuple[Launch, int, int]:
+    """The launch that makes one table or two, the first one's size and that of both; a table begins at 16 bytes."""
+    sizes = [HEAD.value + 2 * (row_tiles(rows, E, block_m) * num_n + PADDING) for block_m, num_n, *_ in tiles]
+    sizes = [ceil_div(size, 4) * 4 for size in sizes]
+    return tiles_launch(E, *tiles), sizes[0], sum(sizes)
 
 
 class TileTable:
     """The tiles of R rows of E experts, for each size of tiles asked for; made on the device where first needed.
 
-    `of(*tiles)` gives a table: a head with the number of entries and how many of them are taken (which is zero between
-    launches), and the entries (see `decode`), experts in order. Up to two that are named at once cost one launch.
-    `bound(block_m)` is the number of row tiles that the host may count on.
+    `of(*tiles)` gives a table (see `head` and `decode`): its entries are experts in order, and none of them is taken
+    between launches. Up to two tables that are named at once cost one launch.
     """
 
-    def __init__(self, expert_offsets: Tensor, rows: int, *tiles: tuple[int, int, int, int]):
+    def __init__(self, expert_offsets: Tensor, rows: int, *tiles: Tiles):
         self.offsets, self.rows, self.experts = expert_offsets, rows, expert_offsets.shape[0] - 1
-        self._made: dict[tuple[int, int, int, int], Tensor] = {}
+        self._made: dict[Tiles, Tensor] = {}
         if tiles:
-            self._make(*tiles)
-
-    def bound(self, block_m: int) -> int:
-        return row_tiles(self.rows, self.experts, block_m)
+            self._make(tiles)
 
     def of(self, block_m: int, num_n: int, group_m: int, slack: int = 0) -> Tensor:
         """Tiles of `block_m` rows (or up to `slack` more) and their `num_n` column tiles, `group_m` row tiles sharing
         one of these."""
-        key = (block_m, num_n, group_m, slack)
-        if key not in self._made:
-            self._make(key)
-        return self._made[key]
+        tiles = (block_m, num_n, group_m, slack)
+        if tiles not in self._made:
+            self._make((tiles,))
+        return self._made[tiles]
 
-    def _make(self, first: tuple[int, int, int, int], second: tuple[int, int, int, int] | None = None) -> None:
-        size = self._size(first)
-        memory = self.offsets.new_empty(size + (self._size(second) if second else 0), dtype=torch.int64)
-        self._made[first], rest = memory, None
-        if second:
-            self._made[second] = rest = memory[size:]
-        tiles_launch(self.experts, first, second)((self.offsets, memory, rest))
-
-    def _size(self, tiles: tuple[int, int, int, int]) -> int:
-        """Cells of a table, an even number: so those of the next begin at 16 bytes."""
-        size = HEAD.value + self.bound(tiles[0]) * tiles[1] + PADDING
-        return size + size % 2
+    def _make(self, tiles: tuple[Tiles, ...]) -> None:
+        launch, first, both = _tables(self.rows, self.experts, *tiles)
+        memory = self.offsets.new_empty(both)
+        tables = (memory, memory[first:] if both > first else None)
+        launch((self.offsets, *tables))
+        self._made.update(zip(tiles, tables, strict=False))

@@ -20,10 +20,10 @@ from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from . import _triton_tma
 from ._configs import Config, Product, configs, gemm_config, same_bits, sorts_first, wgrad_config
-from ._tiles import Form, TileTable, epilogue
+from ._tiles import Form, Tiles, TileTable, epilogue
 
 # what `experts` composes
-__all__ = ["Config", "Gemm", "TileTable", "begins", "choose", "configs", "gemm", "plan", "sorts", "wgrad"]
+__all__ = ["Config", "Gemm", "TileTable", "aligned", "choose", "configs", "gemm", "plan", "sorts", "wgrad"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -273,49 +273,52 @@ def sorts(
 
 
 class Gemm(NamedTuple):
-    """A product with everything fixed but its memory; `tile` is what it asks of the tile table, if anything."""
+    """A product with everything fixed but its memory; `tiles` is what it asks of the tile table, if anything."""
 
     shape: tuple[int, int]
     launch: Launch
     numbers: tuple[int, ...]
-    tile: tuple[int, int, int, int] | None
+    tiles: Tiles | None
     ups: int | None  # of the persistent kernel, where they begin in what is kept
     zeros: bool
 
     def __call__(
-        self, x: Tensor, w: Tensor, tiles: TileTable, gather: Tensor | None = None, bias: Tensor | None = None,
+        self, x: Tensor, w: Tensor, table: TileTable, gather: Tensor | None = None, bias: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        out = x.new_empty(self.shape)
-        table = tiles.offsets if self.tile is None else tiles.of(*self.tile)
-        pointers = (x, gather, w, bias, out, hidden, table)
+        out = x.new_empty(*self.shape)
+        where = table.offsets if self.tiles is None else table.of(*self.tiles)
+        pointers = (x, gather, w, bias, out, hidden, where)
         if self.ups is not None:
             pointers += (None if hidden is None else hidden[:, self.ups :],)
         self.launch(pointers, self.numbers)
-        if self.zeros and self.tile is not None:
-            _triton_tma.zero_tail(out, tiles.offsets)
+        if self.zeros and self.tiles is not None:
+            _triton_tma.zero_tail(out, table.offsets)
         return out
 
 
-def begins(*tensors: Tensor) -> bool:
-    """Do all begin at whole 16 bytes?"""
-    return not any(t.data_ptr() & 15 for t in tensors)
+def aligned(x: Tensor, w: Tensor) -> bool:
+    """Do both begin at whole 16 bytes?"""
+    return not (x.data_ptr() | w.data_ptr()) & 15
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
     problem, config: Config | None, rows: int, sources: int, N: int, K: int, transposed: bool,
-    strides: tuple[int, ...], aligned: bool, device: int, top_k: int = 0, bias: bool = False,
+    strides: tuple[int, ...], begins: bool, device: int, top_k: int = 0, bias: bool = False,
     activation: tuple[str, float, float] | None = None, keeps: bool = False, zeros: bool = False,
 ) -> Gemm:  # fmt: skip
-    """A product of `rows` > 0 that read `sources` rows, on GPU number `device` (-1: none). See `Form`."""
+    """A product of `rows` > 0 that read `sources` rows, on GPU number `device` (-1: none). See `Form`.
+
+    `begins`: are operands `aligned`?
+    """
     form = Form(problem.dtype, problem.num_experts, N, K, transposed, strides, top_k, activation, problem.interleaved,
                 bias, keeps, zeros, problem.allow_tf32)  # fmt: skip
     swap = swaps(problem, K=K, gathered=top_k > 0, gated=form.gated, keeps=keeps, transposed=transposed)
     c = config or choose(
         problem.arch, form.dtype, problem.batch_invariant, swap, rows, form.experts, form.width, K, N, sources
     )
-    if c.kernel == "plain" or _triton_tma.why_not(form, aligned) is not None:
+    if c.kernel == "plain" or _triton_tma.why_not(form, begins) is not None:
         return Gemm((rows, N), *_plain_launch(form, rows, c.plain), None, None, zeros)
     processors = hardware.sm_count(device) if device >= 0 else 4
     if c.kernel == "swapped" and swap and not (top_k and c.block_m > 128):
@@ -334,7 +337,7 @@ def gemm(
         return x.new_empty((0, N))
     act = None if activation is None else (activation.name, activation.alpha, activation.limit)
     product = plan(
-        problem, config, tiles.rows, x.shape[0], N, K, transposed, (x.stride(0), *w.stride()), begins(x, w),
+        problem, config, tiles.rows, x.shape[0], N, K, transposed, (x.stride(0), *w.stride()), aligned(x, w),
         x.get_device(), top_k if gather is not None else 0, bias is not None, act, hidden is not None, zero_tail,
     )  # fmt: skip
     return product(x, w, tiles, gather, bias, hidden)

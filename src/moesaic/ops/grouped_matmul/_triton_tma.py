@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...hardware import tl, triton
 from ...launch import Launch, TensorMap, ceil_div, pow2
-from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, Form, decode, epilogue, head, row_tiles
+from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, Form, Tiles, decode, epilogue, head, row_tiles
 
 
 @triton.jit
@@ -193,7 +193,7 @@ def _persistent_launch(form: Form, programs: int, c) -> Launch:
     return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages, maps)
 
 
-def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], tuple[int, int, int, int]]:
+def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], Tiles]:
     """The launch of a product with configuration c, its numbers, and what it asks of the tile table."""
     columns = ceil_div(form.width, c.block_n)
     programs = min(processors, row_tiles(rows, form.experts, c.block_m) * columns)

@@ -103,7 +103,7 @@ def _permute_launch(dtype: torch.dtype, R: int, H: int, top_k: int, stride: int)
 
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
     R, H, x = row_order.shape[0], x.shape[1], unit_rows(x)
-    out = x.new_empty((R, H))
+    out = x.new_empty(R, H)
     if out.numel():
         stride = x.stride(0)
         launch = _permute_launch(x.dtype, R, H, top_k, stride)
@@ -120,7 +120,7 @@ def _spread_launch(dtype: torch.dtype, T: int, H: int, top_k: int, stride: int) 
 def spread(x: Tensor, row_index: Tensor, top_k: int) -> Tensor:
     """`permute` by tokens; rows behind the last expert's are left as they are."""
     T, H = x.shape
-    out = x.new_empty((T * top_k, H))
+    out = x.new_empty(T * top_k, H)
     if out.numel():
         _spread_launch(x.dtype, T, H, top_k, x.stride(0))((x, row_index, out), (x.stride(0),))
     return out
@@ -144,7 +144,7 @@ def unpermute(
 ) -> Tensor:
     """With a residual, in the dtype of rows, the sums are added to it."""
     T, H, rows = row_index.shape[0] // top_k, rows.shape[1], unit_rows(rows)
-    out = rows.new_empty((T, H))
+    out = rows.new_empty(T, H)
     if out.numel():
         weights = None if weights is None else weights.contiguous()
         residual = None if residual is None else unit_rows(residual)
