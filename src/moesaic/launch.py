@@ -118,9 +118,10 @@ class Launch:
     ):
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-        self._entries: dict[int, tuple[Any, Any, tuple, Callable | None]] = {}
-        # (place, map, its arguments by address) of each, the last first, since one becomes several arguments
-        self._maps = [(place, (maps or {})[place], {}) for place in sorted(maps or {}, reverse=True)]
+        self._entries: dict[int, tuple[Any, Any, Any, tuple, Callable | None]] = {}
+        # (number, place, map, its arguments by address) of each, the last first: one becomes several arguments
+        numbered = enumerate(sorted((maps or {}).items()))
+        self._maps = [(n, place, tensor_map, {}) for n, (place, tensor_map) in numbered][::-1]
 
     def __call__(self, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...] = ()) -> None:
         if _INTERPRETING:
@@ -129,11 +130,8 @@ class Launch:
         device = pointers[0].get_device()  # pyright: ignore[reportOptionalMemberAccess]
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                self._launch(device, pointers, numbers)
-        else:
-            self._launch(device, pointers, numbers)
-
-    def _launch(self, device: int, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+                self(pointers, numbers)
+            return
         # plain addresses spare the C side a method call and a driver's question each
         arguments, bits = [], 0
         for pointer in pointers:
@@ -141,29 +139,29 @@ class Launch:
             bits |= address
             arguments.append(address)
         aligned = not bits & 15  # which a compiled kernel relies on
-        entry, knobs = self._entries.get(device), _knobs()
+        entry = self._entries.get(device)
         if entry is None or not aligned:
             given = self._for_triton(pointers)
             compiled = self.kernel[self.grid](*given, *numbers, *self.constants, **self.options)
             if aligned:
-                self._entries[device] = (compiled, *_entry(compiled))
+                self._entries[device] = (compiled, _knobs(), *_entry(compiled))
             return
-        compiled, call, middle, encode = entry
+        compiled, knobs, call, middle, encode = entry
         if knobs is None or _watched(knobs) or (self._maps and encode is None):
             compiled[self.grid](*self._for_triton(pointers), *numbers, *self.constants)
             return
-        for n, (place, tensor_map, made) in enumerate(self._maps, 1 - len(self._maps)):
+        for n, place, tensor_map, made in self._maps:
             address = arguments[place]
             if address not in made:
                 if len(made) >= 1024:  # those of the last calls are kept
                     made.clear()
-                made[address] = encode(-n, tensor_map.descriptor(pointers[place]))
+                made[address] = encode(n, tensor_map.descriptor(pointers[place]))
             arguments[place : place + 1] = made[address]
         stream = torch._C._cuda_getCurrentRawStream(device)
         call(*self.grid, stream, *middle, *arguments, *numbers, *self.constants)
 
     def _for_triton(self, pointers: tuple[Tensor | None, ...]) -> list:
         given: list[Any] = list(pointers)
-        for place, tensor_map, _ in self._maps:
+        for _, place, tensor_map, _ in self._maps:
             given[place] = tensor_map.descriptor(given[place])
         return given

@@ -165,7 +165,7 @@ def tiles_launch(E: int, first: Tiles, second: Tiles | None = None) -> Launch:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tables(rows: int, E: int, *tiles: Tiles) -> tuple[Launch, int, int]:
+def _tables(rows: int, E: int, tiles: tuple[Tiles, ...]) -> tuple[Launch, int, int]:
     """The launch that makes one table or two, the first one's size and that of both; a table begins at 16 bytes."""
     sizes = [HEAD.value + 2 * (row_tiles(rows, E, block_m) * num_n + PADDING) for block_m, num_n, *_ in tiles]
     sizes = [ceil_div(size, 4) * 4 for size in sizes]
@@ -183,19 +183,20 @@ class TileTable:
         self.offsets, self.rows, self.experts = expert_offsets, rows, expert_offsets.shape[0] - 1
         self._made: dict[Tiles, Tensor] = {}
         if tiles:
-            self._make(tiles)
+            self._make(*tiles)
 
     def of(self, block_m: int, num_n: int, group_m: int, slack: int = 0) -> Tensor:
         """Tiles of `block_m` rows (or up to `slack` more) and their `num_n` column tiles, `group_m` row tiles sharing
         one of these."""
         tiles = (block_m, num_n, group_m, slack)
         if tiles not in self._made:
-            self._make((tiles,))
+            self._make(tiles)
         return self._made[tiles]
 
-    def _make(self, tiles: tuple[Tiles, ...]) -> None:
-        launch, first, both = _tables(self.rows, self.experts, *tiles)
+    def _make(self, *tiles: Tiles) -> None:
+        launch, first, both = _tables(self.rows, self.experts, tiles)
         memory = self.offsets.new_empty(both)
-        tables = (memory, memory[first:] if both > first else None)
-        launch((self.offsets, *tables))
-        self._made.update(zip(tiles, tables, strict=False))
+        self._made[tiles[0]], rest = memory, None
+        if len(tiles) > 1:
+            self._made[tiles[1]] = rest = memory[first:]
+        launch((self.offsets, memory, rest))
