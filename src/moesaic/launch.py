@@ -118,16 +118,16 @@ class Launch:
     ):
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-        self._entries: dict[int, tuple[Any, Any, Any, tuple, Callable | None]] = {}
+        self._entries: dict[int, tuple[Any, ...]] = {}
         # (number, place, map, its arguments by address) of each, the last first: one becomes several arguments
         numbered = enumerate(sorted((maps or {}).items()))
         self._maps = [(n, place, tensor_map, {}) for n, (place, tensor_map) in numbered][::-1]
 
-    def __call__(self, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...] = ()) -> None:
+    def __call__(self, pointers: tuple[Any, ...], numbers: tuple[int, ...] = ()) -> None:
         if _INTERPRETING:
             self.kernel[self.grid](*self._for_triton(pointers), *numbers, *self.constants)
             return
-        device = pointers[0].get_device()  # pyright: ignore[reportOptionalMemberAccess]
+        device = pointers[0].get_device()
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 self(pointers, numbers)
@@ -160,8 +160,8 @@ class Launch:
         stream = torch._C._cuda_getCurrentRawStream(device)
         call(*self.grid, stream, *middle, *arguments, *numbers, *self.constants)
 
-    def _for_triton(self, pointers: tuple[Tensor | None, ...]) -> list:
-        given: list[Any] = list(pointers)
+    def _for_triton(self, pointers: tuple[Any, ...]) -> list:
+        given = list(pointers)
         for _, place, tensor_map, _ in self._maps:
             given[place] = tensor_map.descriptor(given[place])
         return given

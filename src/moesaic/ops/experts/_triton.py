@@ -214,18 +214,24 @@ def fused_experts_backward(
     return tuple(out)
 
 
+@functools.lru_cache(maxsize=4096)
+def _activation_backward_launch(
+    problem, R: int, alpha: float, limit: float, weights: torch.dtype | None, biased: bool, stride: int
+) -> Launch:
+    """Kept apart by all that the compiled kernel depends on; `stride` is that of the gradient's rows."""
+    act, I, E = ACTIVATIONS[problem.activation], problem.intermediate_size, problem.num_experts
+    constants = (
+        problem.hidden_size, I, E, pow2(E), problem.top_k, *act.device, act.gated, problem.interleaved, alpha, limit,
+        weights is not None, biased, min(1024, max(16, pow2(I))),
+    )  # fmt: skip
+    return Launch(_activation_backward_kernel, (R, 1, 1), constants)
+
+
 def _activation_backward(da, hidden, weights, grad, b_down, row_order, expert_offsets, act, problem):
     """`(dh, s·a, dweights)`, one program a row."""
-    R, I = da.shape
     dh, scaled = torch.empty_like(hidden), torch.empty_like(da)
     dweights = da.new_empty(0) if weights is None else torch.empty_like(weights)
-    forward, backward = act.device
-    E = expert_offsets.shape[0] - 1
-    block = min(1024, max(16, pow2(I)))
-    constants = (
-        problem.hidden_size, I, E, pow2(E), problem.top_k, forward, backward, act.gated, problem.interleaved,
-        act.alpha, act.limit, weights is not None, b_down is not None, block,
-    )  # fmt: skip
-    pointers = (da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights)
-    Launch(_activation_backward_kernel, (R, 1, 1), constants)(pointers, (grad.stride(0),))
+    stride, scales = grad.stride(0), None if weights is None else weights.dtype
+    launch = _activation_backward_launch(problem, da.shape[0], act.alpha, act.limit, scales, b_down is not None, stride)
+    launch((da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights), (stride,))
     return dh, scaled, dweights

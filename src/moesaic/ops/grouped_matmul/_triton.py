@@ -305,25 +305,22 @@ def aligned(x: Tensor, w: Tensor) -> bool:
 @functools.lru_cache(maxsize=4096)
 def plan(
     problem, config: Config | None, rows: int, sources: int, N: int, K: int, transposed: bool,
-    strides: tuple[int, ...], begins: bool, device: int, top_k: int = 0, bias: bool = False,
+    strides: tuple[int, ...], aligned: bool, device: int, top_k: int = 0, bias: bool = False,
     activation: tuple[str, float, float] | None = None, keeps: bool = False, zeros: bool = False,
 ) -> Gemm:  # fmt: skip
-    """A product of `rows` > 0 that read `sources` rows, on GPU number `device` (-1: none). See `Form`.
-
-    `begins`: are operands `aligned`?
-    """
+    """A product of `rows` > 0 that read `sources` rows, on GPU number `device` (-1: none). See `Form` and `aligned`."""
     form = Form(problem.dtype, problem.num_experts, N, K, transposed, strides, top_k, activation, problem.interleaved,
                 bias, keeps, zeros, problem.allow_tf32)  # fmt: skip
     swap = swaps(problem, K=K, gathered=top_k > 0, gated=form.gated, keeps=keeps, transposed=transposed)
     c = config or choose(
         problem.arch, form.dtype, problem.batch_invariant, swap, rows, form.experts, form.width, K, N, sources
     )
-    if c.kernel == "plain" or _triton_tma.why_not(form, begins) is not None:
+    if c.kernel == "plain" or _triton_tma.why_not(form, aligned) is not None:
         return Gemm((rows, N), *_plain_launch(form, rows, c.plain), None, None, zeros)
     processors = hardware.sm_count(device) if device >= 0 else 4
     if c.kernel == "swapped" and swap and not (top_k and c.block_m > 128):
-        made = importlib.import_module("._gluon", __package__).launch(form, rows, processors, c)
-        return Gemm((rows, N), *made, None, zeros)
+        launch, numbers, tiles = importlib.import_module("._gluon", __package__).launch(form, rows, processors, c)
+        return Gemm((rows, N), launch, numbers, tiles, None, zeros)
     return Gemm((rows, N), *_triton_tma.launch(form, rows, processors, c.persistent), N, zeros)
 
 
@@ -343,23 +340,40 @@ def gemm(
     return product(x, w, tiles, gather, bias, hidden)
 
 
+@functools.lru_cache(maxsize=4096)
+def _wgrad_launch(
+    arch: str, dtype: torch.dtype, allow_tf32: bool, E: int, N: int, K: int, gathers: tuple[int, int],
+    strides: tuple[int, ...],
+) -> Launch:  # fmt: skip
+    """Kept apart by all that the compiled kernel depends on, though its constants need less."""
+    block_n, block_k, block_r, num_warps, num_stages = wgrad_config(arch, dtype)
+    constants = (N, K, *gathers, _precision(dtype, allow_tf32), block_n, block_k, block_r)
+    grid = (ceil_div(K, block_k), ceil_div(N, block_n), E)
+    return Launch(_grouped_wgrad_kernel, grid, constants, num_warps, num_stages)
+
+
 def wgrad(
     left: Tensor, right: Tensor, expert_offsets: Tensor, w: Tensor, transposed: bool, problem,
     left_gather: Tensor | None = None, right_gather: Tensor | None = None, top_k: int = 0,
 ) -> Tensor:  # fmt: skip
     """Launch `_grouped_wgrad_kernel`: the gradient of `w` from `left` (N columns) and `right` (K columns)."""
     out = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    E, N, K = w.shape[0], left.shape[1], right.shape[1]
-    block_n, block_k, block_r, num_warps, num_stages = wgrad_config(problem.arch, left.dtype)
-    strides = (out.stride(0), out.stride(2), out.stride(1)) if transposed else out.stride()
+    oe, on, ok = out.stride()
+    strides = (left.stride(0), right.stride(0), oe, *((ok, on) if transposed else (on, ok)))
     gathers = (top_k if left_gather is not None else 0, top_k if right_gather is not None else 0)
-    constants = (N, K, *gathers, _precision(left.dtype, problem.allow_tf32), block_n, block_k, block_r)
-    launch = Launch(
-        _grouped_wgrad_kernel, (ceil_div(K, block_k), ceil_div(N, block_n), E), constants, num_warps, num_stages
+    launch = _wgrad_launch(
+        problem.arch, left.dtype, problem.allow_tf32, w.shape[0], left.shape[1], right.shape[1], gathers, strides
     )
-    pointers = (left, left_gather, right, right_gather, out, expert_offsets)
-    launch(pointers, (left.stride(0), right.stride(0), *strides))
+    launch((left, left_gather, right, right_gather, out, expert_offsets), strides)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _bias_grad_launch(dtypes: tuple[torch.dtype | None, ...], E: int, N: int, gather: int, stride: int) -> Launch:
+    """Kept apart by all that the compiled kernel depends on: `dtypes` are those of gradient, weights and result."""
+    block_n = min(256, max(16, pow2(N)))
+    constants = (N, gather, dtypes[1] is not None, 32, block_n)
+    return Launch(_bias_grad_kernel, (ceil_div(N, block_n), E, 1), constants)
 
 
 def bias_grad(
@@ -371,10 +385,8 @@ def bias_grad(
     top_k: int = 0,
 ) -> Tensor:
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    E, N = bias.shape
-    block_n = min(256, max(16, pow2(N)))
-    constants = (N, top_k if gather is not None else 0, weights is not None, 32, block_n)
-    launch = Launch(_bias_grad_kernel, (ceil_div(N, block_n), E, 1), constants)
+    dtypes = (grad.dtype, None if weights is None else weights.dtype, bias.dtype)
+    launch = _bias_grad_launch(dtypes, *bias.shape, top_k if gather is not None else 0, grad.stride(0))
     launch((grad, gather, weights, out, expert_offsets), (grad.stride(0),))
     return out
 

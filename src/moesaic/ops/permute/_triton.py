@@ -154,6 +154,14 @@ def unpermute(
     return out
 
 
+@functools.lru_cache(maxsize=4096)
+def _combine_backward_launch(
+    dtypes: tuple[torch.dtype, ...], R: int, H: int, top_k: int, strides: tuple[int, int]
+) -> Launch:
+    """Kept apart like `_combine_launch`; `dtypes` are those of gradient, rows and weights."""
+    return Launch(_combine_backward_kernel, (R, 1, 1), (H, top_k, _block(H)))
+
+
 def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets, top_k):
     grad, rows = unit_rows(grad), unit_rows(rows)
     drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
@@ -161,7 +169,7 @@ def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets
     dweights = (torch.empty if packed else torch.zeros)(weights.shape, dtype=weights.dtype, device=weights.device)
     R, H = rows.shape
     if R:
-        launch = Launch(_combine_backward_kernel, (R, 1, 1), (H, top_k, _block(H)))
-        pointers = (grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights)
-        launch(pointers, (grad.stride(0), rows.stride(0)))
+        strides = (grad.stride(0), rows.stride(0))
+        launch = _combine_backward_launch((grad.dtype, rows.dtype, weights.dtype), R, H, top_k, strides)
+        launch((grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights), strides)
     return drows, dweights

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ def _index_launch(E: int, cut: _Cut, overlap: bool = False) -> Launch:
     chunk = max(1, min(16384 // lanes, pow2(cut.programs)))
     block = min(2048, max(16, pow2(cut.per_range)))
     warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
-    constants, options = (E, lanes, chunk, block, each, overlap), {"launch_pdl": True} if overlap else {}
+    constants, options = (E, lanes, chunk, block, each, overlap), dict[str, Any](launch_pdl=True) if overlap else {}
     return Launch(_index_kernel, (ceil_div(cut.programs, each), 1, 1), constants, warps, **options)
 
 
