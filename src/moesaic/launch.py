@@ -35,27 +35,24 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 class TensorMap(NamedTuple):
-    """Memory from t on as an array of `shape` and `strides`, in elements; one access moves a `box`.
+    """How a kernel sees a pointer's memory: an array of `shape` and `strides`, in elements; one access moves a `box`.
 
     Gluon's kernels know a map's layout in shared memory, Triton's choose it.
     """
 
-    t: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
     gluon: bool = False
 
-    def descriptor(self) -> Any:
+    def descriptor(self, t: Tensor) -> Any:
         """What Triton takes, and encodes anew at every call."""
-        t, *rest = self[:4]
+        parts = list(map(list, self[:3]))
         if not self.gluon:
-            made = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
-            return made(t, *map(list, rest))
+            return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor(t, *parts)
         made = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
         dtype = hardware.gl.bfloat16 if t.dtype == torch.bfloat16 else hardware.gl.float16
-        layout = hardware.gl.NVMMASharedLayout.get_default_for(list(self.box), dtype)
-        return made(t, *map(list, rest), layout)
+        return made(t, *parts, hardware.gl.NVMMASharedLayout.get_default_for(parts[2], dtype))
 
 
 @functools.cache
@@ -99,11 +96,12 @@ class Launch:
 
     Args:
         constants: the compile-time arguments, which come last in the kernel's signature.
+        maps: which pointers the kernel takes as tensor maps, by their places.
         options: the compiler's and the launcher's, beside warps and stages.
 
-    A launch is called with pointers (tensors of one device, None, or tensor maps; a tensor first) and numbers. From
-    call to call, the pointers' dtypes, which of them are None, and the numbers that the kernel specialises on must not
-    change; numbers that do change must be in its `do_not_specialize` and below 2^31.
+    A launch is called with pointers (tensors of one device, or None; a tensor first) and numbers. From call to call,
+    the pointers' dtypes, which of them are None, and the numbers that the kernel specialises on must not change;
+    numbers that do change must be in its `do_not_specialize` and below 2^31.
     """
 
     __slots__ = ("_entries", "_maps", "constants", "grid", "kernel", "options")
@@ -115,61 +113,55 @@ class Launch:
         constants: tuple,
         num_warps: int = 4,
         num_stages: int = 3,
+        maps: dict[int, TensorMap] | None = None,
         **options: Any,
     ):
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-        self._entries: dict[int, tuple[Any, Any, tuple, Callable | None]] = {}
-        self._maps: dict[tuple, list] = {}
+        self._entries: dict[int, tuple[Any, ...]] = {}
+        # (number, place, map, its arguments by address) of each, the last first: one becomes several arguments
+        numbered = enumerate(sorted((maps or {}).items()))
+        self._maps = [(n, place, tensor_map, {}) for n, (place, tensor_map) in numbered][::-1]
 
     def __call__(self, pointers: tuple[Any, ...], numbers: tuple[int, ...] = ()) -> None:
         if _INTERPRETING:
-            self.kernel[self.grid](*_for_triton(pointers), *numbers, *self.constants)
+            self.kernel[self.grid](*self._for_triton(pointers), *numbers, *self.constants)
             return
         device = pointers[0].get_device()
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                self._launch(device, pointers, numbers)
-        else:
-            self._launch(device, pointers, numbers)
-
-    def _launch(self, device: int, pointers: tuple[Any, ...], numbers: tuple[int, ...]) -> None:
-        entry, knobs = self._entries.get(device), _knobs()
+                self(pointers, numbers)
+            return
         # plain addresses spare the C side a method call and a driver's question each
-        arguments, bits, maps = [], 0, 0
+        arguments, bits = [], 0
         for pointer in pointers:
-            if isinstance(pointer, Tensor):
-                address = pointer.data_ptr()
-                bits |= address
-                arguments.append(address)
-            elif pointer is None:
-                arguments.append(None)
-            else:
-                arguments += self._encoded(entry, maps, pointer)
-                maps += 1
+            address = 0 if pointer is None else pointer.data_ptr()
+            bits |= address
+            arguments.append(address)
         aligned = not bits & 15  # which a compiled kernel relies on
+        entry = self._entries.get(device)
         if entry is None or not aligned:
-            compiled = self.kernel[self.grid](*_for_triton(pointers), *numbers, *self.constants, **self.options)
+            given = self._for_triton(pointers)
+            compiled = self.kernel[self.grid](*given, *numbers, *self.constants, **self.options)
             if aligned:
-                self._entries[device] = (compiled, *_entry(compiled))
-        elif knobs is None or _watched(knobs) or (maps and entry[3] is None):
-            entry[0][self.grid](*_for_triton(pointers), *numbers, *self.constants)
-        else:
-            _, call, middle, _ = entry
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            call(*self.grid, stream, *middle, *arguments, *numbers, *self.constants)
+                self._entries[device] = (compiled, _knobs(), *_entry(compiled))
+            return
+        compiled, knobs, call, middle, encode = entry
+        if knobs is None or _watched(knobs) or (self._maps and encode is None):
+            compiled[self.grid](*self._for_triton(pointers), *numbers, *self.constants)
+            return
+        for n, place, tensor_map, made in self._maps:
+            address = arguments[place]
+            if address not in made:
+                if len(made) >= 1024:  # those of the last calls are kept
+                    made.clear()
+                made[address] = encode(n, tensor_map.descriptor(pointers[place]))
+            arguments[place : place + 1] = made[address]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        call(*self.grid, stream, *middle, *arguments, *numbers, *self.constants)
 
-    def _encoded(self, entry: tuple | None, n: int, tensor_map: TensorMap) -> list:
-        """The n-th map as arguments; those of the last calls are kept, by address."""
-        if entry is None or entry[3] is None:
-            return []
-        key = (n, tensor_map.t.data_ptr(), *tensor_map[1:])
-        if key not in self._maps:
-            if len(self._maps) >= 64:
-                self._maps.clear()
-            self._maps[key] = entry[3](n, tensor_map.descriptor())
-        return self._maps[key]
-
-
-def _for_triton(pointers: tuple[Any, ...]) -> list:
-    return [p.descriptor() if isinstance(p, TensorMap) else p for p in pointers]
+    def _for_triton(self, pointers: tuple[Any, ...]) -> list:
+        given = list(pointers)
+        for _, place, tensor_map, _ in self._maps:
+            given[place] = tensor_map.descriptor(given[place])
+        return given

@@ -25,6 +25,8 @@ OPS: dict[str, Op] = {}
 _forced = ""  # the implementation that `use` forces; passed into each operator so that its backward agrees
 
 _library = torch.library.Library("moesaic", "DEF")
+_calls: dict[str, Callable] = {}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), str, bool, int, float, list, tuple}
 
 
 def define(schema: str, call: Callable, fake: Callable) -> None:
@@ -33,6 +35,7 @@ def define(schema: str, call: Callable, fake: Callable) -> None:
     The low-level `Library` is used because a call through `torch.library.custom_op` costs about twice as much.
     """
     name = schema.split("(", 1)[0]
+    _calls[name] = call
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, call, "CPU")
     _library.impl(name, call, "CUDA")
@@ -53,7 +56,7 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def eager(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+def eager(arguments: tuple) -> bool:
     """True when nobody is watching: no tracing, mode, transform or tensor subclass that must see the operator itself.
 
     A call that needs no gradient may then go straight to its implementation, without the dispatcher's time.
@@ -62,7 +65,13 @@ def eager(tensors: tuple[torch.Tensor | None, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return False
-    return all(t is None or type(t) is torch.Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    return _PLAIN.issuperset(map(type, arguments))
+
+
+def run(name: str, *arguments):
+    """`moesaic::<name>` where no gradient is kept: straight to its implementation if nobody is watching."""
+    call = _calls[name] if eager(arguments) else getattr(torch.ops.moesaic, name)
+    return call(*arguments)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_shape
+from .op import run
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Routing:
                     f"{who}: topk_weights and topk_ids must share a device, got {topk_weights.device} and "
                     f"{topk_ids.device}; move one."
                 )
-            if topk_weights.dtype != torch.float64:
+            if topk_weights.dtype not in (torch.float32, torch.float64):
                 topk_weights = topk_weights.float()
-        ids, counts, offsets, order, index = torch.ops.moesaic.expert_index(topk_ids, num_experts, implementation or "")
+        ids, counts, offsets, order, index = run("expert_index", topk_ids, num_experts, implementation or "")
         return cls(topk_weights, ids, counts, offsets, order, index)

@@ -145,7 +145,7 @@ def persistent(c, case, *, up: bool, training: bool = False, dgrad: bool = False
     interleaved = case.layout == "interleaved"
     joined, transposed = gated and not interleaved, case.transposed != dgrad
     m, n, k = c.block_m, c.block_n, c.block_k
-    types = {"tiles_ptr": "*i64", "used_ptr": "*i32", "x_ptr": "*bf16", "stride_xm": "i32"}
+    types = {"table_ptr": "*i32", "x": "*bf16", "stride_xm": "i32"}
     if joined:
         types["w_desc"] = tensor_map(1, k, 2, n // 2) if transposed else tensor_map(1, 2, n // 2, k)
     else:
@@ -160,7 +160,7 @@ def persistent(c, case, *, up: bool, training: bool = False, dgrad: bool = False
     if constants["GATHER"]:
         types["gather_ptr"] = "*i32"
     else:
-        types["x_desc"] = tensor_map(1, 1, m, k)
+        types["x"] = tensor_map(1, 1, m, k)
     if constants["SAVE_HIDDEN"]:
         types |= dict.fromkeys(("hidden_desc", "up_desc") if joined else ("hidden_desc",), tensor_map(1, 1, m, n // 2))
     if case.bias:
@@ -183,7 +183,7 @@ def swapped(c, case, *, up: bool, sorts: bool = False, dgrad: bool = False):
         layout = hardware.gl.NVMMASharedLayout.get_default_for(list(shape), hardware.gl.bfloat16)
         return f"{tensor_map(*shape)[:-1]},{layout!r}>"
 
-    types = {"tiles_ptr": "*i64", "used_ptr": "*i32", "x_ptr": "*bf16", "stride_x": "i32"}
+    types = {"table_ptr": "*i32", "x": "*bf16", "stride_x": "i32"}
     types["out_desc"] = box(1, 1, 2048 // columns, columns)
     if transposed or not gated:
         types["w_desc"] = box(1, 64, rows) if transposed else box(1, rows, 64)
@@ -192,7 +192,7 @@ def swapped(c, case, *, up: bool, sorts: bool = False, dgrad: bool = False):
     if gathered:
         types["gather_ptr"] = "*i32"
     else:
-        types["x_desc"] = box(1, 1, 32, 64)
+        types["x"] = box(1, 1, 32, 64)
     if case.bias:
         types["bias_ptr"] = "*bf16"
     constants = {
@@ -347,9 +347,10 @@ def jobs(arch: str):
             yield f"{name} dgrad of down, {qwen.name}", True, persistent(c, qwen, up=True, dgrad=True)
         if hardware.has_gluon():
             yield from ((name, True, arguments) for name, arguments in swapped_kernels())
-        tiles = {"offsets_ptr": "*i32", "tiles_ptr": "*i64", "used_ptr": "*i32"}
-        launch = tiles_launch(128, 6, 128, 16)
-        yield "tile table", False, of_launch(launch, tiles)
+        tables = {"offsets_ptr": "*i32", "first_ptr": "*i32"}
+        yield "tile table", False, of_launch(tiles_launch(128, (128, 6, 16, 0)), tables)
+        two = tiles_launch(128, (128, 6, 16, 32), (256, 16, 16, 32))
+        yield "two tile tables", False, of_launch(two, tables | {"second_ptr": "*i32"})
     yield "up, fp32", False, gemm(arch, qwen, 256, up=True, dtype=torch.float32)
     yield "wgrad", True, wgrad(arch, qwen)
     yield "wgrad, fp32", False, wgrad(arch, qwen, torch.float32)

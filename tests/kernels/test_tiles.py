@@ -99,13 +99,24 @@ def test_expected_rows(config):
         assert expected_rows(config, 20, mean) == pytest.approx(want, rel=0.02)
 
 
+def read(table):
+    """The entries of a tile table as (first row, expert, height, column tile), and what stands behind them."""
+    used, taken = table[:2].tolist()
+    assert taken == 0
+    cells = [
+        (e & 0xFFFFFFFF, e >> 32 & 0xFFF, e >> 44 & 0x1FF, e >> 53 & 0x7FF)
+        for e in table[4:].view(torch.int64).tolist()
+    ]
+    return cells[:used], cells[used : used + 1024]
+
+
 @pytest.mark.parametrize("config", [TALL, WIDE], ids=str)
 def test_padding_is_what_the_table_says(config, device):
     """For every number of rows: heights of the table, rounded to what the kernel multiplies."""
     for count in (*range(1, 700, 13), 256, 272, 288, 289, 320, 321, 512, 544, 576):
         offsets = torch.tensor([0, count], dtype=torch.int32, device=device)
-        entries, used = products.TileTable(offsets, count).of(config.block_m, 1, 16, config.slack)
-        heights = [e >> 44 & 0x1FF for e in entries[: int(used[0])].tolist()]
+        table = products.TileTable(offsets, count).of(config.block_m, 1, 16, config.slack)
+        heights = [height for _, _, height, _ in read(table)[0]]
         full = config.block_m
         tails = [h for h in heights if h > full]
         whole = [next(x for x in (64, 128, 256) if h <= x) for h in heights if h <= full]
@@ -164,10 +175,11 @@ def heights(count: int, slack: int) -> list[int]:
 @pytest.mark.parametrize("slack", [0, 4])
 @pytest.mark.parametrize("counts", (*COUNTS, (18, 20, 21, 36, 40, 41), (51, 56, 0, 57, 160, 7)), ids=str)
 def test_tile_table(counts, slack, device):
-    """Groups of two row tiles, three column tiles, an expert after the other."""
+    """Groups of two row tiles, three column tiles, an expert after the other; alone and beside another table."""
     routing = Routing.from_topk(None, counts_to_ids(counts).to(device), len(counts))
-    table = products.TileTable(routing.expert_offsets, sum(counts))
-    entries, used = table.of(16, 3, 2, slack)
+    tables = products.TileTable(routing.expert_offsets, sum(counts))
+    table = tables.of(16, 3, 2, slack)
+    entries, behind = read(table)
     want, row = [], 0
     for expert, count in enumerate(counts):
         sizes = heights(count, slack)
@@ -175,10 +187,14 @@ def test_tile_table(counts, slack, device):
         for group in range(0, len(tiles), 2):
             want += [(first, expert, height, n) for n in range(3) for first, height in tiles[group : group + 2]]
         row += count
-    got = [(e & 0xFFFFFFFF, e >> 32 & 0xFFF, e >> 44 & 0x1FF, e >> 53 & 0x7FF) for e in entries.tolist()]
-    assert used.tolist() == [len(want), 0] and got[: len(want)] == want and len(want) <= 3 * table.bound(16)
-    assert set(got[len(want) : len(want) + 1024]) == {(0, 0, 0, 0)}, "what looks ahead finds nothing"
-    assert table.of(16, 3, 2, slack)[0] is entries, "a table is made once"
+    assert entries == want
+    assert len(behind) == 1024 and set(behind) == {(0, 0, 0, 0)}, "what looks ahead finds nothing"
+    assert tables.of(16, 3, 2, slack) is table, "a table is made once"
+    other = (32, 1, 1, 0)
+    both = products.TileTable(routing.expert_offsets, sum(counts), other, (16, 3, 2, slack))
+    assert read(both.of(16, 3, 2, slack)) == (entries, behind)
+    assert read(both.of(*other)) == read(tables.of(*other))
+    assert both.of(16, 3, 2, slack).data_ptr() % 16 == 0, "as the kernels are compiled for"
 
 
 WEIGHTS = ("plain", "transposed")
@@ -203,7 +219,6 @@ def test_persistent_product(counts, kind, weights, gathered, device):
     hidden = None if act is None else torch.full((R, width), float("nan"), dtype=x.dtype, device=device)
     transposed = weights == "transposed"
     stored = w.mT.contiguous() if transposed else w
-    assert products._triton_tma.why_not(x, stored, N, K) is None
     arch = hardware.arch_of(torch.device(device))
     problem = Problem("fused_experts", device, arch, x.dtype, R, 1, E, K, N, name, interleaved, transposed)
     config = products.Config(16, 32, 32, 4, 2, 2, kernel="persistent")

@@ -117,20 +117,21 @@ def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) ->
     if weights is None:
         raise ValueError(f"{who}: routing weights must be given, got None; pass weights=None, reduce='sum' to add the "
                          "experts' outputs unweighted on purpose.")  # fmt: skip
-    check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
+    if weights.shape != routing.topk_ids.shape:
+        check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
     return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
 
 
 def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act, transposed) -> None:
     """Say what is wrong with the shapes, dtypes or devices, if anything is. First a look that costs little."""
     E, T = routing.num_experts, routing.num_tokens
-    if x.dim() == 2 and w_down.dim() == 3:
-        H, I = x.shape[1], w_down.shape[1 if transposed else 2]
-        N = act.width(I)
-        device, dtype = x.device, x.dtype
+    shape, down = x.shape, w_down.shape
+    if len(shape) == 2 and len(down) == 3:
+        H, I = shape[1], down[1 if transposed else 2]
+        N, device, dtype = act.width(I), x.device, x.dtype
         if (
-            x.shape[0] == T
-            and w_down.shape == ((E, I, H) if transposed else (E, H, I))
+            shape[0] == T
+            and down == ((E, I, H) if transposed else (E, H, I))
             and w_gate_up.shape == ((E, H, N) if transposed else (E, N, H))
             and (
                 b_gate_up is None

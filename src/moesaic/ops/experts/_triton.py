@@ -5,6 +5,7 @@ Legend: `dA'` the gradient at the activations before the routing weight s; `a` t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -66,23 +67,41 @@ def fused_experts(
     x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem,
     config: tuple[products.Config, products.Config] | None = None,
 ):  # fmt: skip
-    H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
-    up, down = config or (None, None)
+    R, K = row_order.shape[0], problem.top_k
+    hidden = x.new_empty(R, act.width(problem.intermediate_size)) if problem.training else None
+    if R == 0:
+        y = x.new_zeros(x.shape)
+        return y if residual is None else y.copy_(residual), hidden
     x, b_gate_up, b_down = unit_rows(x), _packed(b_gate_up), _packed(b_down)
-    hidden = x.new_empty((R, act.width(I))) if problem.training else None
-    tiles = products.TileTable(expert_offsets, R)
-    rows, gather = x, row_order
-    if _sorts(problem):
-        rows, gather = spread(x, row_index, K), None
-    a = products.gemm(
-        rows, w_gate_up, problem.transposed, tiles, problem, N=I, K=H, gather=gather, top_k=K, bias=b_gate_up,
-        activation=act, hidden=hidden, config=up,
+    sorts, up, down, sizes = _plan(
+        problem, config, R, act.alpha, act.limit, x.stride(0), w_gate_up.stride(), w_down.stride(),
+        b_gate_up is not None, b_down is not None, products.aligned(x, w_gate_up), products.aligned(w_down, w_down),
+        x.get_device(),
     )  # fmt: skip
-    y = products.gemm(a, w_down, problem.transposed, tiles, problem, N=H, K=I, bias=b_down, config=down)
-    if R:
-        return unpermute(y, weights, row_index, K, residual), hidden
-    y = x.new_zeros(x.shape)
-    return y if residual is None else y.copy_(residual), hidden
+    tiles = products.TileTable(expert_offsets, R, *sizes)
+    rows, gather = (spread(x, row_index, K), None) if sorts else (x, row_order)
+    a = up(rows, w_gate_up, tiles, gather, b_gate_up, hidden)
+    y = down(a, w_down, tiles, None, b_down)
+    return unpermute(y, weights, row_index, K, residual), hidden
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    problem, config: tuple[products.Config, products.Config] | None, R: int, alpha: float, limit: float, stride: int,
+    up_strides: tuple[int, ...], down_strides: tuple[int, ...], up_bias: bool, down_bias: bool, up_aligned: bool,
+    down_aligned: bool, device: int,
+) -> tuple[bool, products.Gemm, products.Gemm, tuple]:  # fmt: skip
+    """Are rows copied into their order first; the up and the down product; what they ask of the tile table."""
+    H, I, transposed, sorts = problem.hidden_size, problem.intermediate_size, problem.transposed, _sorts(problem)
+    up, down = config or (None, None)
+    up = products.plan(
+        problem, up, R, R if sorts else problem.num_tokens, I, H, transposed, (H if sorts else stride, *up_strides),
+        up_aligned, device, 0 if sorts else problem.top_k, up_bias, (problem.activation, alpha, limit),
+        problem.training,
+    )  # fmt: skip
+    down = products.plan(problem, down, R, R, H, I, transposed, (I, *down_strides), down_aligned, device,
+                         bias=down_bias)  # fmt: skip
+    return sorts, up, down, tuple(dict.fromkeys(g.tiles for g in (up, down) if g.tiles))
 
 
 def _packed(t: Tensor | None) -> Tensor | None:
@@ -195,18 +214,24 @@ def fused_experts_backward(
     return tuple(out)
 
 
+@functools.lru_cache(maxsize=4096)
+def _activation_backward_launch(
+    problem, R: int, alpha: float, limit: float, weights: torch.dtype | None, biased: bool, stride: int
+) -> Launch:
+    """Kept apart by all that the compiled kernel depends on; `stride` is that of the gradient's rows."""
+    act, I, E = ACTIVATIONS[problem.activation], problem.intermediate_size, problem.num_experts
+    constants = (
+        problem.hidden_size, I, E, pow2(E), problem.top_k, *act.device, act.gated, problem.interleaved, alpha, limit,
+        weights is not None, biased, min(1024, max(16, pow2(I))),
+    )  # fmt: skip
+    return Launch(_activation_backward_kernel, (R, 1, 1), constants)
+
+
 def _activation_backward(da, hidden, weights, grad, b_down, row_order, expert_offsets, act, problem):
     """`(dh, s·a, dweights)`, one program a row."""
-    R, I = da.shape
     dh, scaled = torch.empty_like(hidden), torch.empty_like(da)
     dweights = da.new_empty(0) if weights is None else torch.empty_like(weights)
-    forward, backward = act.device
-    E = expert_offsets.shape[0] - 1
-    block = min(1024, max(16, pow2(I)))
-    constants = (
-        problem.hidden_size, I, E, pow2(E), problem.top_k, forward, backward, act.gated, problem.interleaved,
-        act.alpha, act.limit, weights is not None, b_down is not None, block,
-    )  # fmt: skip
-    pointers = (da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights)
-    Launch(_activation_backward_kernel, (R, 1, 1), constants)(pointers, (grad.stride(0),))
+    stride, scales = grad.stride(0), None if weights is None else weights.dtype
+    launch = _activation_backward_launch(problem, da.shape[0], act.alpha, act.limit, scales, b_down is not None, stride)
+    launch((da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights), (stride,))
     return dh, scaled, dweights

@@ -11,28 +11,27 @@ from __future__ import annotations
 
 import functools
 
-import torch
-from torch import Tensor
-
-from ...hardware import gl, gluon, sm_count
+from ...hardware import gl, gluon
 from ...launch import Launch, TensorMap, ceil_div
 from ._gluon_partitions import BLOCK_K, STAGES, TAIL, consume, mbarrier, produce, produce_gathered
-from ._tiles import TileTable, epilogue
+from ._tiles import HEAD, Form, Tiles, epilogue, row_tiles
 from ._triton_tma import row_map
 
 
 @gluon.jit
 def _swapped_gemm_kernel(
-    tiles_ptr, used_ptr, x_ptr, gather_ptr, bias_ptr, x_desc, w_desc, out_desc, stride_x,
+    x, gather_ptr, w_desc, bias_ptr, out_desc, hidden_ptr, table_ptr, stride_x,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     ACTIVATION: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     HAS_BIAS: gl.constexpr, MAIN: gl.constexpr, ROWS: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns. TOP_K is 0 without a gather.
 
+    `x` is a pointer where its rows are gathered, else a map. Nothing is kept: `hidden_ptr` is the other kernels'.
     Registers: 168 a thread at entry, of which the producer gives most to the consumers. Barriers are set up only if
     they live to the end: the allocator puts data on those that do not.
     """
+    tiles_ptr, used_ptr = (table_ptr + HEAD).to(gl.pointer_type(gl.int64)), table_ptr  # see `_tiles.head`
     dtype: gl.constexpr = out_desc.dtype
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MAIN, BLOCK_K], dtype)
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES, MAIN, BLOCK_K], rows)
@@ -61,58 +60,49 @@ def _swapped_gemm_kernel(
         gl.warp_specialize([
             (consume, (ring, outputs, out_0, cue, (0, ROWS, STEPS, TRANSPOSED, True), N, EPILOGUE)),
             (consume, (ring, outputs, out_1, cue, (1, ROWS, STEPS, TRANSPOSED, True), N, EPILOGUE)),
-            (produce_gathered, (x_ptr, stride_x, gather_ptr, w_desc, tiles_ptr, used_ptr, ring, cue, K, TOP_K,
+            (produce_gathered, (x, stride_x, gather_ptr, w_desc, tiles_ptr, used_ptr, ring, cue, K, TOP_K,
                                  ROWS, TRANSPOSED, GATED, PROGRAMS)),
         ], [4, 4], [208, 96])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (ring, outputs, out_0, cue, (0, ROWS, STEPS, TRANSPOSED, False), N, EPILOGUE)),
             (consume, (ring, outputs, out_1, cue, (1, ROWS, STEPS, TRANSPOSED, False), N, EPILOGUE)),
-            (produce, (x_desc, w_desc, tiles_ptr, used_ptr, ring, cue, K, ROWS, TRANSPOSED, GATED, PROGRAMS)),
+            (produce, (x, w_desc, tiles_ptr, used_ptr, ring, cue, K, ROWS, TRANSPOSED, GATED, PROGRAMS)),
         ], [4, 1], [232, 40])  # fmt: skip
 
 
 # ---------------------------------------------------------------- launches
-def _weight_map(w: Tensor, transposed: bool, gated: bool, interleaved: bool, N: int, K: int, rows: int) -> TensorMap:
+def _weight_map(form: Form, rows: int) -> TensorMap:
     """A box is a consumer's `rows` rows of one expert's weights, 64 deep; of gated ones eight are gates, eight ups."""
-    we, w1, _ = w.stride()
-    E = w.shape[0]
-    if transposed or not gated:
-        return TensorMap(w, tuple(w.shape), w.stride(), (1, 64, rows) if transposed else (1, rows, 64), True)
-    half, step = (w1, 2 * w1) if interleaved else (N * w1, w1)
-    return TensorMap(w, (E, N // 8, 2, 8, K), (we, 8 * step, half, step, 1), (1, rows // 16, 2, 8, 64), True)
+    _, we, w1, _ = form.strides
+    E, N, K = form.experts, form.N, form.K
+    if form.transposed:
+        return TensorMap((E, K, form.width), (we, w1, 1), (1, 64, rows), gluon=True)
+    if not form.gated:
+        return TensorMap((E, form.width, K), (we, w1, 1), (1, rows, 64), gluon=True)
+    half, step = (w1, 2 * w1) if form.interleaved else (N * w1, w1)
+    return TensorMap((E, N // 8, 2, 8, K), (we, 8 * step, half, step, 1), (1, rows // 16, 2, 8, 64), gluon=True)
 
 
-def _row_map(rows: Tensor, columns: int) -> TensorMap:
+def _row_map(width: int, stride: int, columns: int) -> TensorMap:
     """4 KiB of rows to load or store, of which an access names the end."""
-    return row_map(rows, 2048 // columns, columns)._replace(gluon=True)
+    return row_map(width, stride, 2048 // columns, columns)._replace(gluon=True)
 
 
 @functools.lru_cache(maxsize=4096)
-def _gemm_launch(
-    dtype: torch.dtype, programs: int, N: int, K: int, top_k: int, transposed: bool, activation: tuple | None,
-    interleaved: bool, has_bias: bool, stride: int, block_m: int,
-) -> Launch:  # fmt: skip
-    act = epilogue(activation, interleaved)
-    constants = (N, K, top_k, transposed, *act, has_bias, block_m, 16384 // block_m, programs)
-    return Launch(_swapped_gemm_kernel, (programs, 1, 1), constants, num_warps=4)
+def _swapped_launch(form: Form, programs: int, block_m: int) -> Launch:
+    act, rows = epilogue(form.activation, form.interleaved), 16384 // block_m
+    constants = (form.N, form.K, form.top_k, form.transposed, *act, form.bias, block_m, rows, programs)
+    width = min(64, rows // 2 if form.gated else rows)
+    maps = {2: _weight_map(form, rows), 4: _row_map(form.N, form.N, width)}
+    if not form.top_k:
+        maps[0] = _row_map(form.K, form.strides[0], 64)
+    return Launch(_swapped_gemm_kernel, (programs, 1, 1), constants, num_warps=4, maps=maps)
 
 
-def gemm(
-    x: Tensor, w: Tensor, transposed: bool, tiles: TileTable, out: Tensor, K: int, gather: Tensor | None, top_k: int,
-    bias: Tensor | None, activation: tuple | None, interleaved: bool, hidden: None, c,
-) -> None:  # fmt: skip
-    """Launch `_swapped_gemm_kernel` with configuration c; `activation` is its name and constants."""
-    N, gated, weights = out.shape[1], epilogue(activation, interleaved)[1], 16384 // c.block_m
-    columns = ceil_div(N, weights if gated else 2 * weights)
-    entries, used = tiles.of(c.block_m, columns, c.group_m, c.slack)
-    programs = min(sm_count(x.get_device()) if x.is_cuda else 4, tiles.bound(c.block_m) * columns)
-    launch = _gemm_launch(
-        x.dtype, programs, N, K, top_k if gather is not None else 0, transposed, activation, interleaved,
-        bias is not None, x.stride(0), c.block_m,
-    )  # fmt: skip
-    x_map = None if gather is not None else _row_map(x, 64)
-    width = min(64, weights // 2 if gated else weights)
-    w_map = _weight_map(w, transposed, gated, interleaved, N, K, weights)
-    maps = (x_map, w_map, _row_map(out, width))
-    launch((entries, used, x, gather, bias, *maps), (x.stride(0),))
+def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], Tiles]:
+    """As `_triton_tma.launch`."""
+    weights = 16384 // c.block_m
+    columns = ceil_div(form.N, weights if form.gated else 2 * weights)
+    programs = min(processors, row_tiles(rows, form.experts, c.block_m) * columns)
+    return _swapped_launch(form, programs, c.block_m), form.strides[:1], (c.block_m, columns, c.group_m, c.slack)

@@ -1,15 +1,16 @@
-"""What the products share: the tile table, made once on the device for all products of a layer, and the epilogue."""
+"""What the products share: their form and epilogue, and the tile table, made on the device for a layer's products."""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
-from ...launch import Launch, pow2
+from ...launch import Launch, ceil_div, pow2
 
 
 @triton.jit
@@ -25,9 +26,55 @@ def epilogue(activation: tuple | None, interleaved: bool) -> tuple:
     return act.device[0], act.gated, interleaved, *activation[1:]
 
 
+class Form(NamedTuple):
+    """What a product is whatever its rows: all that its kernel and its tensor maps depend on.
+
+    `strides` are that of x's rows and the three of the weights; `top_k` is 0 where rows are not gathered; `activation`
+    is its name and constants. Does it have a `bias`, does it `keep` what the activation is given, zero the rows behind
+    the last expert's?
+    """
+
+    dtype: torch.dtype
+    experts: int
+    N: int
+    K: int
+    transposed: bool
+    strides: tuple[int, ...]
+    top_k: int
+    activation: tuple[str, float, float] | None
+    interleaved: bool
+    bias: bool
+    keeps: bool
+    zeros: bool
+    allow_tf32: bool
+
+    @property
+    def gated(self) -> bool:
+        return self.activation is not None and ACTIVATIONS[self.activation[0]].gated
+
+    @property
+    def width(self) -> int:
+        """Columns of the weights."""
+        return 2 * self.N if self.gated else self.N
+
+
+# ---------------------------------------------------------------- the tile table
+# A table is int32: how many entries there are, how many are taken, two of nothing, and the entries, 8 bytes each.
+HEAD = tl.constexpr(4)
 # An entry of the table: the tile's first row in 32 bits, its expert in 12, its height in 9, its column tile in 11.
 MAX_EXPERTS, MAX_COLUMN_TILES = 4096, 2048
 PADDING = 1024  # entries of nothing behind the last: whoever looks ahead may read them
+
+
+def row_tiles(rows: int, experts: int, block_m: int) -> int:
+    """A bound on the tiles of rows that an expert each has, which holds however they are spread."""
+    return min(rows, rows // block_m + experts)
+
+
+@triton.jit
+def head(table_ptr):
+    """`(entries, number of entries, where to count those that are taken)`."""
+    return (table_ptr + HEAD).to(tl.pointer_type(tl.int64)), tl.load(table_ptr), table_ptr + 1
 
 
 @triton.jit
@@ -46,10 +93,9 @@ def _row_tiles(rows, BLOCK_M: tl.constexpr, SLACK: tl.constexpr):
 
 
 @triton.jit
-def _tiles_kernel(
-    offsets_ptr, tiles_ptr, used_ptr,
-    E: tl.constexpr, E_POW2: tl.constexpr, NUM_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr,
-    SLACK: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
+def _expert_tiles(
+    expert, offsets_ptr, table_ptr,
+    E: tl.constexpr, E_POW2: tl.constexpr, TILES: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One expert's tiles behind those of the experts before it, in the order in which they are to be made.
 
@@ -57,7 +103,11 @@ def _tiles_kernel(
     fastest costs 30% where weights are wide (H200, 2026-11-22). Every row tile but an expert's last has BLOCK_M rows,
     and with SLACK the last two take what is left, where SLACK each is enough for it.
     """
-    expert = tl.program_id(0)
+    BLOCK_M: tl.constexpr = TILES[0]
+    NUM_N: tl.constexpr = TILES[1]
+    GROUP_M: tl.constexpr = TILES[2]
+    SLACK: tl.constexpr = TILES[3]
+    tiles_ptr = (table_ptr + HEAD).to(tl.pointer_type(tl.int64))
     e = tl.arange(0, E_POW2)
     begins = tl.load(offsets_ptr + e, mask=e < E, other=0)
     ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
@@ -66,8 +116,8 @@ def _tiles_kernel(
     i = tl.arange(0, BLOCK)
     if expert == 0:
         used = tl.sum(tiles, 0) * NUM_N
-        tl.store(used_ptr, used)
-        tl.store(used_ptr + 1, 0)
+        tl.store(table_ptr, used)
+        tl.store(table_ptr + 1, 0)
         for j in tl.static_range(0, PADDING, BLOCK):
             tl.store(tiles_ptr + used + j + i, tl.zeros((BLOCK,), tl.int64))
     begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
@@ -89,35 +139,64 @@ def _tiles_kernel(
         tl.store(tiles_ptr + first + j + i, row.to(tl.int64) | (high.to(tl.int64) << 32), mask=j + i < mine * NUM_N)
 
 
+@triton.jit
+def _tiles_kernel(
+    offsets_ptr, first_ptr, second_ptr,
+    E: tl.constexpr, E_POW2: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One expert's tiles in a table of FIRST, or where there is a SECOND of either: what `TileTable.of` takes."""
+    expert = tl.program_id(0)
+    if SECOND is None:
+        _expert_tiles(expert, offsets_ptr, first_ptr, E, E_POW2, FIRST, PADDING, BLOCK)
+    elif tl.program_id(1) == 0:
+        _expert_tiles(expert, offsets_ptr, first_ptr, E, E_POW2, FIRST, PADDING, BLOCK)
+    else:
+        _expert_tiles(expert, offsets_ptr, second_ptr, E, E_POW2, SECOND, PADDING, BLOCK)
+
+
+Tiles = tuple[int, int, int, int]  # what a product asks of the table: the arguments of `TileTable.of`
+
+
 @functools.lru_cache(maxsize=4096)
-def tiles_launch(E: int, num_n: int, block_m: int, group_m: int, slack: int = 0) -> Launch:
-    return Launch(_tiles_kernel, (E, 1, 1), (E, pow2(E), num_n, block_m, group_m, slack, PADDING, 512))
+def tiles_launch(E: int, first: Tiles, second: Tiles | None = None) -> Launch:
+    grid = (E, 1 if second is None else 2, 1)
+    return Launch(_tiles_kernel, grid, (E, pow2(E), first, second, PADDING, 512))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tables(rows: int, E: int, tiles: tuple[Tiles, ...]) -> tuple[Launch, int, int]:
+    """The launch that makes one table or two, the first one's size and that of both; a table begins at 16 bytes."""
+    sizes = [HEAD.value + 2 * (row_tiles(rows, E, block_m) * num_n + PADDING) for block_m, num_n, *_ in tiles]
+    sizes = [ceil_div(size, 4) * 4 for size in sizes]
+    return tiles_launch(E, *tiles), sizes[0], sum(sizes)
 
 
 class TileTable:
     """The tiles of R rows of E experts, for each size of tiles asked for; made on the device where first needed.
 
-    `of(...)` gives the entries (see `decode`), experts in order, and an int32 tensor of two: their number, and how many
-    of them are taken, which is zero between launches; `bound(block_m)` is the number of row tiles that the host may
-    count on.
+    `of(*tiles)` gives a table (see `head` and `decode`): its entries are experts in order, and none of them is taken
+    between launches. Up to two tables that are named at once cost one launch.
     """
 
-    def __init__(self, expert_offsets: Tensor, rows: int):
+    def __init__(self, expert_offsets: Tensor, rows: int, *tiles: Tiles):
         self.offsets, self.rows, self.experts = expert_offsets, rows, expert_offsets.shape[0] - 1
-        self._made: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = {}
+        self._made: dict[Tiles, Tensor] = {}
+        if tiles:
+            self._make(*tiles)
 
-    def bound(self, block_m: int) -> int:
-        return min(self.rows, self.rows // block_m + self.experts)
-
-    def of(self, block_m: int, num_n: int, group_m: int, slack: int = 0) -> tuple[Tensor, Tensor]:
+    def of(self, block_m: int, num_n: int, group_m: int, slack: int = 0) -> Tensor:
         """Tiles of `block_m` rows (or up to `slack` more) and their `num_n` column tiles, `group_m` row tiles sharing
         one of these."""
-        key = (num_n, block_m, group_m, slack)
-        if key not in self._made:
-            # the two numbers stand in front of the entries, in a cell of their own
-            size = 2 + self.bound(block_m) * num_n + PADDING
-            memory = torch.empty(size, dtype=torch.int64, device=self.offsets.device)
-            used, tiles = memory[:1].view(torch.int32), memory[2:]
-            tiles_launch(self.experts, *key)((self.offsets, tiles, used))
-            self._made[key] = tiles, used
-        return self._made[key]
+        tiles = (block_m, num_n, group_m, slack)
+        if tiles not in self._made:
+            self._make(tiles)
+        return self._made[tiles]
+
+    def _make(self, *tiles: Tiles) -> None:
+        launch, first, both = _tables(self.rows, self.experts, tiles)
+        memory = self.offsets.new_empty(both)
+        self._made[tiles[0]], rest = memory, None
+        if len(tiles) > 1:
+            self._made[tiles[1]] = rest = memory[first:]
+        launch((self.offsets, memory, rest))

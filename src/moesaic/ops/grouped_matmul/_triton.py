@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from . import _triton_tma
 from ._configs import Config, Product, configs, gemm_config, same_bits, sorts_first, wgrad_config
-from ._tiles import TileTable, epilogue
+from ._tiles import Form, Tiles, TileTable, epilogue
 
-__all__ = ["Config", "TileTable", "choose", "configs", "gemm", "sorts", "wgrad"]  # what `experts` composes
+# what `experts` composes
+__all__ = ["Config", "Gemm", "TileTable", "aligned", "choose", "configs", "gemm", "plan", "sorts", "wgrad"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -226,20 +227,19 @@ def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _gemm_launch(
-    dtype: torch.dtype, rows: int, N: int, K: int, E: int, top_k: int, activation: tuple | None, interleaved: bool,
-    allow_tf32: bool, has_bias: bool, save_hidden: bool, zero_tail: bool, strides: tuple[int, ...], c: Config,
-) -> tuple[Launch, int]:  # fmt: skip
-    """The launch of a product and its number of slots."""
+def _plain_launch(form: Form, rows: int, c: Config) -> tuple[Launch, tuple[int, ...]]:
+    """The launch of a product and its numbers."""
+    E, (stride, we, wn, wk) = form.experts, form.strides
     by_row = rows <= rows // c.block_m + E
-    num_slots = rows if by_row else rows // c.block_m + E + zero_tail
-    act = epilogue(activation, interleaved)
+    num_slots = rows if by_row else rows // c.block_m + E + form.zeros
+    act = epilogue(form.activation, form.interleaved)
     constants = (
-        N, K, E, pow2(E), top_k, *act, has_bias, save_hidden, zero_tail, by_row,
-        _precision(dtype, allow_tf32), c.block_m, c.block_n, c.block_k, c.group_m,
+        form.N, form.K, E, pow2(E), form.top_k, *act, form.bias, form.keeps, form.zeros, by_row,
+        _precision(form.dtype, form.allow_tf32), c.block_m, c.block_n, c.block_k, c.group_m,
     )  # fmt: skip
-    grid = (num_slots * ceil_div(N, c.block_n // 2 if act[1] else c.block_n), 1, 1)
-    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages), num_slots
+    grid = (num_slots * ceil_div(form.width, c.block_n), 1, 1)
+    strides = (stride, we, wk, wn) if form.transposed else form.strides
+    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages), (*strides, rows, num_slots)
 
 
 def swaps(problem, *, K: int, gathered: bool, gated: bool = False, keeps: bool = False, transposed=None) -> bool:
@@ -272,13 +272,56 @@ def sorts(
     return dtype != torch.float32 and sorts_first(arch, Product(rows, E, width, K, N, sources, swaps))
 
 
-def _mapped(c: Config, x: Tensor, w: Tensor, N: int, K: int, gathered: bool, swap: bool) -> tuple[Any, Config]:
-    """The module of a kernel with tensor maps and what it runs; None where c or the operands are not for one."""
-    if c.kernel == "plain" or _triton_tma.why_not(x, w, N, K) is not None:
-        return None, c
-    if c.kernel == "swapped" and swap and not (gathered and c.block_m > 128):
-        return importlib.import_module("._gluon", __package__), c
-    return _triton_tma, c.persistent
+class Gemm(NamedTuple):
+    """A product with everything fixed but its memory; `tiles` is what it asks of the tile table, if anything."""
+
+    shape: tuple[int, int]
+    launch: Launch
+    numbers: tuple[int, ...]
+    tiles: Tiles | None
+    ups: int | None  # of the persistent kernel, where they begin in what is kept
+    zeros: bool
+
+    def __call__(
+        self, x: Tensor, w: Tensor, table: TileTable, gather: Tensor | None = None, bias: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        out = x.new_empty(*self.shape)
+        where = table.offsets if self.tiles is None else table.of(*self.tiles)
+        pointers = (x, gather, w, bias, out, hidden, where)
+        if self.ups is not None:
+            pointers += (None if hidden is None else hidden[:, self.ups :],)
+        self.launch(pointers, self.numbers)
+        if self.zeros and self.tiles is not None:
+            _triton_tma.zero_tail(out, table.offsets)
+        return out
+
+
+def aligned(x: Tensor, w: Tensor) -> bool:
+    """Do both begin at whole 16 bytes?"""
+    return not (x.data_ptr() | w.data_ptr()) & 15
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    problem, config: Config | None, rows: int, sources: int, N: int, K: int, transposed: bool,
+    strides: tuple[int, ...], aligned: bool, device: int, top_k: int = 0, bias: bool = False,
+    activation: tuple[str, float, float] | None = None, keeps: bool = False, zeros: bool = False,
+) -> Gemm:  # fmt: skip
+    """A product of `rows` > 0 that read `sources` rows, on GPU number `device` (-1: none). See `Form` and `aligned`."""
+    form = Form(problem.dtype, problem.num_experts, N, K, transposed, strides, top_k, activation, problem.interleaved,
+                bias, keeps, zeros, problem.allow_tf32)  # fmt: skip
+    swap = swaps(problem, K=K, gathered=top_k > 0, gated=form.gated, keeps=keeps, transposed=transposed)
+    c = config or choose(
+        problem.arch, form.dtype, problem.batch_invariant, swap, rows, form.experts, form.width, K, N, sources
+    )
+    if c.kernel == "plain" or _triton_tma.why_not(form, aligned) is not None:
+        return Gemm((rows, N), *_plain_launch(form, rows, c.plain), None, None, zeros)
+    processors = hardware.sm_count(device) if device >= 0 else 4
+    if c.kernel == "swapped" and swap and not (top_k and c.block_m > 128):
+        launch, numbers, tiles = importlib.import_module("._gluon", __package__).launch(form, rows, processors, c)
+        return Gemm((rows, N), launch, numbers, tiles, None, zeros)
+    return Gemm((rows, N), *_triton_tma.launch(form, rows, processors, c.persistent), N, zeros)
 
 
 def gemm(
@@ -286,34 +329,27 @@ def gemm(
     gather: Tensor | None = None, top_k: int = 0, bias: Tensor | None = None, activation=None,
     hidden: Tensor | None = None, zero_tail: bool = False, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch a product. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N as in the kernels."""
-    rows, E = tiles.rows, tiles.experts
-    out = x.new_empty((rows, N))
-    if rows == 0:
-        return out
-    gated = activation is not None and activation.gated
+    """Plan a product and launch it. `w` is `(E, width, K)`, or `(E, K, width)` when transposed; N as in the kernels."""
+    if tiles.rows == 0:
+        return x.new_empty((0, N))
     act = None if activation is None else (activation.name, activation.alpha, activation.limit)
-    top_k = top_k if gather is not None else 0
-    swap = swaps(
-        problem, K=K, gathered=gather is not None, gated=gated, keeps=hidden is not None, transposed=transposed
-    )
-    c = config or choose(
-        problem.arch, x.dtype, problem.batch_invariant, swap, rows, E, 2 * N if gated else N, K, N, x.shape[0]
-    )
-    module, c = _mapped(c, x, w, N, K, gather is not None, swap)
-    if module is not None:
-        module.gemm(x, w, transposed, tiles, out, K, gather, top_k, bias, act, problem.interleaved, hidden, c)
-        if zero_tail:
-            _triton_tma.zero_tail(out, tiles.offsets)
-        return out
-    we, wn, wk = w.stride()
-    strides = (x.stride(0), we, wk, wn) if transposed else (x.stride(0), we, wn, wk)
-    launch, num_slots = _gemm_launch(
-        x.dtype, rows, N, K, E, top_k, act, problem.interleaved, problem.allow_tf32, bias is not None,
-        hidden is not None, zero_tail, strides, c.plain,
+    product = plan(
+        problem, config, tiles.rows, x.shape[0], N, K, transposed, (x.stride(0), *w.stride()), aligned(x, w),
+        x.get_device(), top_k if gather is not None else 0, bias is not None, act, hidden is not None, zero_tail,
     )  # fmt: skip
-    launch((x, gather, w, bias, out, hidden, tiles.offsets), (*strides, rows, num_slots))
-    return out
+    return product(x, w, tiles, gather, bias, hidden)
+
+
+@functools.lru_cache(maxsize=4096)
+def _wgrad_launch(
+    arch: str, dtype: torch.dtype, allow_tf32: bool, E: int, N: int, K: int, gathers: tuple[int, int],
+    strides: tuple[int, ...],
+) -> Launch:  # fmt: skip
+    """Kept apart by all that the compiled kernel depends on, though its constants need less."""
+    block_n, block_k, block_r, num_warps, num_stages = wgrad_config(arch, dtype)
+    constants = (N, K, *gathers, _precision(dtype, allow_tf32), block_n, block_k, block_r)
+    grid = (ceil_div(K, block_k), ceil_div(N, block_n), E)
+    return Launch(_grouped_wgrad_kernel, grid, constants, num_warps, num_stages)
 
 
 def wgrad(
@@ -322,17 +358,22 @@ def wgrad(
 ) -> Tensor:  # fmt: skip
     """Launch `_grouped_wgrad_kernel`: the gradient of `w` from `left` (N columns) and `right` (K columns)."""
     out = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    E, N, K = w.shape[0], left.shape[1], right.shape[1]
-    block_n, block_k, block_r, num_warps, num_stages = wgrad_config(problem.arch, left.dtype)
-    strides = (out.stride(0), out.stride(2), out.stride(1)) if transposed else out.stride()
+    oe, on, ok = out.stride()
+    strides = (left.stride(0), right.stride(0), oe, *((ok, on) if transposed else (on, ok)))
     gathers = (top_k if left_gather is not None else 0, top_k if right_gather is not None else 0)
-    constants = (N, K, *gathers, _precision(left.dtype, problem.allow_tf32), block_n, block_k, block_r)
-    launch = Launch(
-        _grouped_wgrad_kernel, (ceil_div(K, block_k), ceil_div(N, block_n), E), constants, num_warps, num_stages
+    launch = _wgrad_launch(
+        problem.arch, left.dtype, problem.allow_tf32, w.shape[0], left.shape[1], right.shape[1], gathers, strides
     )
-    pointers = (left, left_gather, right, right_gather, out, expert_offsets)
-    launch(pointers, (left.stride(0), right.stride(0), *strides))
+    launch((left, left_gather, right, right_gather, out, expert_offsets), strides)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _bias_grad_launch(dtypes: tuple[torch.dtype | None, ...], E: int, N: int, gather: int, stride: int) -> Launch:
+    """Kept apart by all that the compiled kernel depends on: `dtypes` are those of gradient, weights and result."""
+    block_n = min(256, max(16, pow2(N)))
+    constants = (N, gather, dtypes[1] is not None, 32, block_n)
+    return Launch(_bias_grad_kernel, (ceil_div(N, block_n), E, 1), constants)
 
 
 def bias_grad(
@@ -344,10 +385,8 @@ def bias_grad(
     top_k: int = 0,
 ) -> Tensor:
     out = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    E, N = bias.shape
-    block_n = min(256, max(16, pow2(N)))
-    constants = (N, top_k if gather is not None else 0, weights is not None, 32, block_n)
-    launch = Launch(_bias_grad_kernel, (ceil_div(N, block_n), E, 1), constants)
+    dtypes = (grad.dtype, None if weights is None else weights.dtype, bias.dtype)
+    launch = _bias_grad_launch(dtypes, *bias.shape, top_k if gather is not None else 0, grad.stride(0))
     launch((grad, gather, weights, out, expert_offsets), (grad.stride(0),))
     return out
 

@@ -11,9 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ...hardware import sm_count, tl, triton
+from ...hardware import tl, triton
 from ...launch import Launch, TensorMap, ceil_div, pow2
-from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, TileTable, decode, epilogue
+from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, Form, Tiles, decode, epilogue, head, row_tiles
 
 
 @triton.jit
@@ -46,18 +46,21 @@ def halves(tile):
 
 @triton.jit
 def _persistent_gemm_kernel(
-    tiles_ptr, used_ptr, x_ptr, gather_ptr, bias_ptr, x_desc, w_desc, out_desc, hidden_desc, up_desc, stride_xm,
+    x, gather_ptr, w_desc, bias_ptr, out_desc, hidden_desc, table_ptr, up_desc, stride_xm,
     N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2."""
+    """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2.
+
+    `x` is a pointer where its rows are gathered, else a map.
+    """
     OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     WIDTH: tl.constexpr = 2 * N if GATED else N
     JOINED: tl.constexpr = GATED and not INTERLEAVED  # the tile's left half is gate, the right one up
     pid = tl.program_id(0)
-    used = tl.load(used_ptr)
+    tiles_ptr, used, _ = head(table_ptr)
     offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     last = pid - PROGRAMS  # counts with t: what the epilogue reads must not hang on what the next tile's loads need
     for t in tl.range(pid, used, PROGRAMS, flatten=True):
@@ -68,18 +71,18 @@ def _persistent_gemm_kernel(
         if GATHER > 0:
             live = offs_m < height
             slot = tl.load(gather_ptr + row + offs_m, mask=live, other=0)
-            x_ptrs = x_ptr + (slot // GATHER).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+            x_ptrs = x + (slot // GATHER).to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
 
         # main loop
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             if GATHER > 0:
                 if K % BLOCK_K == 0:
-                    x = tl.load(x_ptrs + k, mask=live[:, None], other=0.0)
+                    a = tl.load(x_ptrs + k, mask=live[:, None], other=0.0)
                 else:
-                    x = tl.load(x_ptrs + k, mask=live[:, None] & (offs_k[None, :] < K - k), other=0.0)
+                    a = tl.load(x_ptrs + k, mask=live[:, None] & (offs_k[None, :] < K - k), other=0.0)
             else:
-                x = load_rows(x_desc, row, row + height, k)
+                a = load_rows(x, row, row + height, k)
             if TRANSPOSED:
                 if JOINED:
                     w = tl.reshape(w_desc.load([expert, k, 0, tile_n * OUT_N]), (BLOCK_K, BLOCK_N))
@@ -89,7 +92,7 @@ def _persistent_gemm_kernel(
                 w = tl.reshape(w_desc.load([expert, 0, tile_n * OUT_N, k]), (BLOCK_N, BLOCK_K)).T
             else:
                 w = tl.reshape(w_desc.load([expert, tile_n * BLOCK_N, k]), (BLOCK_N, BLOCK_K)).T
-            acc = tl.dot(x, w, acc)
+            acc = tl.dot(a, w, acc)
 
         # epilogue
         last += PROGRAMS
@@ -137,73 +140,64 @@ def _zero_tail_kernel(out_ptr, offsets_ptr, R, N: tl.constexpr, E: tl.constexpr,
 
 
 # ---------------------------------------------------------------- launches
-def why_not(x: Tensor, w: Tensor, N: int, K: int) -> str | None:
-    """Tensor maps want 16-byte strides, and unit ones last; an entry of the tile table has bits for so many tiles."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
+def why_not(form: Form, aligned: bool) -> str | None:
+    """Tensor maps want 16-byte strides, and unit ones last; an entry of the tile table has bits for so many tiles.
+
+    `aligned` says that x and the weights begin at whole 16 bytes.
+    """
+    if form.dtype not in (torch.bfloat16, torch.float16):
         return "needs half precision"
-    if w.shape[0] >= MAX_EXPERTS or N >= 64 * MAX_COLUMN_TILES:  # 64: a gated tile's least columns
+    if form.experts >= MAX_EXPERTS or form.N >= 64 * MAX_COLUMN_TILES:  # 64: a gated tile's least columns
         return f"needs fewer than {MAX_EXPERTS} experts and {64 * MAX_COLUMN_TILES} columns"
-    if w.stride(2) != 1 or x.stride(1) != 1:
+    if form.strides[-1] != 1:
         return "needs unit strides"
-    if any(s % 8 for s in (w.stride(0), w.stride(1), x.stride(0), N, K)) or (x.data_ptr() | w.data_ptr()) % 16:
+    if any(s % 8 for s in (*form.strides[:-1], form.N, form.K)) or not aligned:
         return "needs strides and addresses of whole 16 bytes"
     return None
 
 
-def _weight_map(w: Tensor, transposed: bool, joined: bool, N: int, K: int, c) -> TensorMap:
+def _weight_map(form: Form, joined: bool, c) -> TensorMap:
     """A box is one expert's BLOCK_N × BLOCK_K weights; of `joined` ones half are gate and half up columns."""
-    we, w1, _ = w.stride()
-    n, k, E = c.block_n, c.block_k, w.shape[0]
-    if not joined:
-        return TensorMap(w, tuple(w.shape), w.stride(), (1, k, n) if transposed else (1, n, k))
-    if transposed:
-        return TensorMap(w, (E, K, 2, N), (we, w1, N, 1), (1, k, 2, n // 2))
-    return TensorMap(w, (E, 2, N, K), (we, N * w1, w1, 1), (1, 2, n // 2, k))
+    _, we, w1, _ = form.strides
+    E, N, K, n, k = form.experts, form.N, form.K, c.block_n, c.block_k
+    if form.transposed:
+        if joined:
+            return TensorMap((E, K, 2, N), (we, w1, N, 1), (1, k, 2, n // 2))
+        return TensorMap((E, K, form.width), (we, w1, 1), (1, k, n))
+    if joined:
+        return TensorMap((E, 2, N, K), (we, N * w1, w1, 1), (1, 2, n // 2, k))
+    return TensorMap((E, form.width, K), (we, w1, 1), (1, n, k))
 
 
-def row_map(rows: Tensor, block_m: int, columns: int) -> TensorMap:
+def row_map(width: int, stride: int, block_m: int, columns: int) -> TensorMap:
     """Rows to load or store, of which `load_rows` and `store_rows` name the end."""
-    width, stride, big = rows.shape[1], rows.stride(0), 0x7FFF0000
-    shape, strides = (big, big, 1 << 30, width), (2**34 - stride, stride, stride, 1)
-    return TensorMap(rows, shape, strides, (1, 1, block_m, columns))
+    big = 0x7FFF0000
+    return TensorMap((big, big, 1 << 30, width), (2**34 - stride, stride, stride, 1), (1, 1, block_m, columns))
 
 
 @functools.lru_cache(maxsize=4096)
-def _persistent_launch(
-    dtype: torch.dtype, programs: int, N: int, K: int, top_k: int, transposed: bool, activation: tuple | None,
-    interleaved: bool, has_bias: bool, save_hidden: bool, stride: int, c,
-) -> Launch:  # fmt: skip
-    act = epilogue(activation, interleaved)
+def _persistent_launch(form: Form, programs: int, c) -> Launch:
+    N, K, m, n = form.N, form.K, c.block_m, c.block_n
+    act = epilogue(form.activation, form.interleaved)
+    joined, out_n = form.gated and not form.interleaved, n // 2 if form.gated else n
     constants = (
-        N, K, top_k, transposed, *act, has_bias, save_hidden, c.block_m, c.block_n, c.block_k, programs,
+        N, K, form.top_k, form.transposed, *act, form.bias, form.keeps, m, n, c.block_k, programs,
     )  # fmt: skip
-    return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages)
+    maps = {2: _weight_map(form, joined, c), 4: row_map(N, N, m, out_n if form.gated else out_n // 2)}
+    if not form.top_k:
+        maps[0] = row_map(K, form.strides[0], m, c.block_k)
+    if form.keeps and joined:  # two maps, so that a tile past the gates' end does not reach the ups
+        maps[5] = maps[7] = row_map(N, 2 * N, m, out_n)
+    elif form.keeps:
+        maps[5] = row_map(form.width, form.width, m, n // 2)
+    return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages, maps)
 
 
-def gemm(
-    x: Tensor, w: Tensor, transposed: bool, tiles: TileTable, out: Tensor, K: int, gather: Tensor | None, top_k: int,
-    bias: Tensor | None, activation: tuple | None, interleaved: bool, hidden: Tensor | None, c,
-) -> None:  # fmt: skip
-    """Launch `_persistent_gemm_kernel` with configuration c; `activation` is its name and constants."""
-    N, m, n = out.shape[1], c.block_m, c.block_n
-    gated = epilogue(activation, interleaved)[1]
-    joined, out_n = gated and not interleaved, n // 2 if gated else n
-    entries, used = tiles.of(m, ceil_div(N, out_n), c.group_m)
-    processors = sm_count(x.get_device()) if x.is_cuda else 4
-    programs = min(processors, tiles.bound(m) * ceil_div(N, out_n))
-    launch = _persistent_launch(
-        x.dtype, programs, N, K, top_k, transposed, activation, interleaved, bias is not None, hidden is not None,
-        x.stride(0), c,
-    )  # fmt: skip
-    x_map = None if gather is not None else row_map(x, m, c.block_k)
-    w_map = _weight_map(w, transposed, joined, N, K, c)
-    out_map = row_map(out, m, out_n if gated else out_n // 2)
-    hidden_map = up_map = None
-    if hidden is not None and joined:  # two maps, so that a tile past the gates' end does not reach the ups
-        hidden_map, up_map = (row_map(part, m, out_n) for part in hidden.chunk(2, 1))
-    elif hidden is not None:
-        hidden_map = row_map(hidden, m, n // 2)
-    launch((entries, used, x, gather, bias, x_map, w_map, out_map, hidden_map, up_map), (x.stride(0),))
+def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], Tiles]:
+    """The launch of a product with configuration c, its numbers, and what it asks of the tile table."""
+    columns = ceil_div(form.width, c.block_n)
+    programs = min(processors, row_tiles(rows, form.experts, c.block_m) * columns)
+    return _persistent_launch(form, programs, c), form.strides[:1], (c.block_m, columns, c.group_m, c.slack)
 
 
 @functools.lru_cache(maxsize=4096)

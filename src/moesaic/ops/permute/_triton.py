@@ -103,7 +103,7 @@ def _permute_launch(dtype: torch.dtype, R: int, H: int, top_k: int, stride: int)
 
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
     R, H, x = row_order.shape[0], x.shape[1], unit_rows(x)
-    out = x.new_empty((R, H))
+    out = x.new_empty(R, H)
     if out.numel():
         stride = x.stride(0)
         launch = _permute_launch(x.dtype, R, H, top_k, stride)
@@ -120,7 +120,7 @@ def _spread_launch(dtype: torch.dtype, T: int, H: int, top_k: int, stride: int) 
 def spread(x: Tensor, row_index: Tensor, top_k: int) -> Tensor:
     """`permute` by tokens; rows behind the last expert's are left as they are."""
     T, H = x.shape
-    out = x.new_empty((T * top_k, H))
+    out = x.new_empty(T * top_k, H)
     if out.numel():
         _spread_launch(x.dtype, T, H, top_k, x.stride(0))((x, row_index, out), (x.stride(0),))
     return out
@@ -144,7 +144,7 @@ def unpermute(
 ) -> Tensor:
     """With a residual, in the dtype of rows, the sums are added to it."""
     T, H, rows = row_index.shape[0] // top_k, rows.shape[1], unit_rows(rows)
-    out = rows.new_empty((T, H))
+    out = rows.new_empty(T, H)
     if out.numel():
         weights = None if weights is None else weights.contiguous()
         residual = None if residual is None else unit_rows(residual)
@@ -154,6 +154,14 @@ def unpermute(
     return out
 
 
+@functools.lru_cache(maxsize=4096)
+def _combine_backward_launch(
+    dtypes: tuple[torch.dtype, ...], R: int, H: int, top_k: int, strides: tuple[int, int]
+) -> Launch:
+    """Kept apart like `_combine_launch`; `dtypes` are those of gradient, rows and weights."""
+    return Launch(_combine_backward_kernel, (R, 1, 1), (H, top_k, _block(H)))
+
+
 def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets, top_k):
     grad, rows = unit_rows(grad), unit_rows(rows)
     drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
@@ -161,7 +169,7 @@ def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets
     dweights = (torch.empty if packed else torch.zeros)(weights.shape, dtype=weights.dtype, device=weights.device)
     R, H = rows.shape
     if R:
-        launch = Launch(_combine_backward_kernel, (R, 1, 1), (H, top_k, _block(H)))
-        pointers = (grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights)
-        launch(pointers, (grad.stride(0), rows.stride(0)))
+        strides = (grad.stride(0), rows.stride(0))
+        launch = _combine_backward_launch((grad.dtype, rows.dtype, weights.dtype), R, H, top_k, strides)
+        launch((grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights), strides)
     return drows, dweights

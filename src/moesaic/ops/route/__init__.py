@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import check_shape
 from ...hardware import arch_of
-from ...op import Op, define, differentiable, eager, forced
+from ...op import Op, define, differentiable, forced, run
 from ...problem import Problem
 from ...routing import Routing
 from . import _torch, capacity, policies
@@ -170,8 +170,7 @@ def _limited(weights, topk_ids, limit: int, config: RouterConfig, num_experts: i
 def _run(x: Tensor, bias: Tensor | None, ids: Tensor | None, *rest):
     """The private operator, without the dispatcher's time where nobody is watching and no gradient is kept."""
     keeps = torch.is_grad_enabled() and x.requires_grad
-    run = _route if not keeps and eager((x, bias, ids)) else torch.ops.moesaic.route
-    return run(x, bias, ids, *rest)
+    return torch.ops.moesaic.route(x, bias, ids, *rest) if keeps else run("route", x, bias, ids, *rest)
 
 
 def _masked(x: Tensor, token_mask: Tensor | None, expert_mask: Tensor | None) -> Tensor:

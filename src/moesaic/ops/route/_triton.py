@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ def _index_launch(E: int, cut: _Cut, overlap: bool = False) -> Launch:
     chunk = max(1, min(16384 // lanes, pow2(cut.programs)))
     block = min(2048, max(16, pow2(cut.per_range)))
     warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
-    constants, options = (E, lanes, chunk, block, each, overlap), {"launch_pdl": True} if overlap else {}
+    constants, options = (E, lanes, chunk, block, each, overlap), dict[str, Any](launch_pdl=True) if overlap else {}
     return Launch(_index_kernel, (ceil_div(cut.programs, each), 1, 1), constants, warps, **options)
 
 
@@ -187,18 +188,21 @@ def _backward_launch(
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return like.new_empty(shape) if like.dtype == dtype else like.new_empty(shape, dtype=dtype)
+    return like.new_empty(*shape) if like.dtype == dtype else like.new_empty(shape, dtype=dtype)
 
 
 class _Tables:
-    """The index tables' memory, and what passes from the first launch to the second; `cut` is one of slots."""
+    """The index tables' memory, and what passes from the first launch to the second; `cut` is one of slots.
 
-    def __init__(self, like: Tensor, total: int, E: int, cut: _Cut, statistics: bool = False):
+    An operator's results may share no memory, so each is an allocation of its own.
+    """
+
+    def __init__(self, ids: Tensor, total: int, E: int, cut: _Cut, statistics: bool = False):
         self.E, self.cut = E, cut
-        self.tokens, self.offsets = _empty(like, E), _empty(like, E + 1)
-        self.order, self.index = _empty(like, total), _empty(like, total)
-        self.places = None if cut.single else _empty(like, total)
-        self.counts = None if cut.single and not statistics else _empty(like, cut.programs, E + 1)
+        empty = ids.new_empty
+        self.tokens, self.offsets, self.order, self.index = empty(E), empty(E + 1), empty(total), empty(total)
+        self.places = None if cut.single else empty(total)
+        self.counts = None if cut.single and not statistics else empty(cut.programs * (E + 1))
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
