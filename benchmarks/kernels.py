@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from moesaic import Routing
+from moesaic import Routing, fused_experts, launch
 from moesaic.activations import ACTIVATIONS, apply
 from moesaic.bench import report
 from moesaic.bench.layer import Layer
@@ -66,6 +66,21 @@ class Parts:
             bias=self.layer.b_down, config=config,
         )  # fmt: skip
 
+    def whole(self, overlap: bool = True):
+        """The layer from the router's choice on."""
+        r, w, launch.OVERLAP = self.r, self.layer, overlap
+        r = Routing.from_topk(r.topk_weights, r.topk_ids, self.case.num_experts)
+        y = fused_experts(
+            self.x, w.w_gate_up, w.w_down, r, activation=self.case.activation, layout=self.case.layout,
+            transposed=self.case.transposed, b_gate_up=w.b_gate_up, b_down=w.b_down,
+        )  # fmt: skip
+        launch.OVERLAP = True
+        return y
+
+    @property
+    def small(self) -> bool:
+        return self.a.shape[0] <= 32 * self.case.num_experts and not self.case.bias
+
     def calls(self) -> dict:
         r, E, R = self.r, self.case.num_experts, self.a.shape[0]
         out = {"combine": lambda: unpermute(self.y, r.topk_weights, r.row_index, self.K)}
@@ -89,7 +104,11 @@ class Parts:
             config = replace(LARGE, group_m=group)
             out[f"up, groups of {group}"] = lambda c=config: self.up(c)
             out[f"down, groups of {group}"] = lambda c=config: self.down(c)
-        n, w = R // E, self.layer
+        out["layer"], out["layer, launches one by one"] = self.whole, lambda: self.whole(overlap=False)
+        if self.small:
+            for parts in (1, 2, 4):
+                out[f"down and combine, contraction in {parts}"] = Split(self, parts)
+        n, w = max(1, R // E), self.layer
         a, b = (torch.randn(E, n, k, dtype=torch.bfloat16, device="cuda") for k in (self.H, self.I))
         w_up, w_down = (w.w_gate_up, w.w_down) if self.case.transposed else (w.w_gate_up.mT, w.w_down.mT)
         c, d = torch.empty(E, n, w_up.shape[2], **like(a)), torch.empty(E, n, self.H, **like(a))
@@ -110,6 +129,41 @@ class Parts:
             assert torch.equal(self.up(config, config is not WIDE), self.a), config
             assert torch.equal(self.down(config), self.y), config
         assert torch.equal(self.up(LARGE, False), self.a) and torch.equal(self.up(TALL, False), self.a)
+        y = self.whole()
+        assert torch.equal(self.whole(overlap=False), y)
+        if self.small:
+            for parts in (1, 2, 4):
+                assert_close(Split(self, parts)(), y.double(), self.I, stages=4)  # either rounds rows and sums
+
+
+class Split:
+    """Down and combine with the contraction cut in `parts`: a product of as many times more experts, whose results the
+    combine adds, as a kernel that splits would leave them to it. On weights stored input-major."""
+
+    def __init__(self, whole: Parts, parts: int):
+        case, r, R = whole.case, whole.r, whole.a.shape[0]
+        E, I, H, device = case.num_experts, whole.I, whole.H, whole.a.device
+        self.depth, self.K, rows = I // parts, whole.K * parts, torch.arange(R, device=device)
+        starts, part = r.expert_offsets.long(), torch.arange(parts, device=device)
+        counts = starts.diff().repeat_interleave(parts)
+        offsets = torch.cat([starts[:1], counts.cumsum(0)])
+        expert = torch.bucketize(rows, starts[1:], right=True)
+        # where a row's parts stand: (expert, part, row) in this order
+        places = offsets[expert[:, None] * parts + part] + (rows - starts[expert])[:, None]
+        self.gather = torch.empty(R * parts, dtype=torch.int32, device=device)
+        self.gather[places.flatten()] = (rows[:, None] * parts + part).flatten().int()
+        self.index = places[r.row_index.flatten().long()].flatten().int()
+        self.weights = r.topk_weights.repeat_interleave(parts, 1)
+        w = whole.layer.w_down if case.transposed else whole.layer.w_down.mT.contiguous()
+        self.w, self.a = w.view(E * parts, self.depth, H), whole.a.view(R * parts, self.depth)
+        self.tiles = products.TileTable(offsets.int(), R * parts)
+        self.problem = replace(whole.problem, num_experts=E * parts, transposed=True)
+
+    def __call__(self):
+        y = products.gemm(
+            self.a, self.w, True, self.tiles, self.problem, N=self.w.shape[2], K=self.depth, gather=self.gather, top_k=1
+        )
+        return unpermute(y, self.weights, self.index, self.K)
 
 
 def like(t: torch.Tensor) -> dict:

@@ -16,8 +16,29 @@ import torch
 from torch import Tensor
 
 from . import hardware
+from .hardware import tl, triton
 
 _INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
+
+
+OVERLAP = True  # may a launch begin while the one before it ends, where a GPU can
+
+
+@functools.cache
+def _can_overlap(device: int) -> bool:
+    arch = hardware.arch_of(torch.device("cuda", device))
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
+@triton.jit
+def follow(OVERLAP: tl.constexpr):
+    """The first that a kernel does: wait for the launch before it to end, and let the one behind it come.
+
+    What comes early (programmatic dependent launch) takes the processors that its forerunner leaves, and waits here.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def pow2(n: int) -> int:
@@ -96,6 +117,7 @@ class Launch:
 
     Args:
         constants: the compile-time arguments, which come last in the kernel's signature.
+        overlaps: does the kernel take OVERLAP behind them, and `follow` the launch before it?
         maps: which pointers the kernel takes as tensor maps, by their places.
         options: the compiler's and the launcher's, beside warps and stages.
 
@@ -104,7 +126,7 @@ class Launch:
     numbers that do change must be in its `do_not_specialize` and below 2^31.
     """
 
-    __slots__ = ("_entries", "_maps", "constants", "grid", "kernel", "options")
+    __slots__ = ("_entries", "_maps", "constants", "grid", "kernel", "options", "overlaps")
 
     def __init__(
         self,
@@ -114,18 +136,19 @@ class Launch:
         num_warps: int = 4,
         num_stages: int = 3,
         maps: dict[int, TensorMap] | None = None,
+        overlaps: bool = False,
         **options: Any,
     ):
-        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.kernel, self.grid, self.constants, self.overlaps = kernel, grid, constants, overlaps
         self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-        self._entries: dict[int, tuple[Any, ...]] = {}
+        self._entries: dict[tuple[int, bool], tuple[Any, ...]] = {}
         # (number, place, map, its arguments by address) of each, the last first: one becomes several arguments
         numbered = enumerate(sorted((maps or {}).items()))
         self._maps = [(n, place, tensor_map, {}) for n, (place, tensor_map) in numbered][::-1]
 
     def __call__(self, pointers: tuple[Any, ...], numbers: tuple[int, ...] = ()) -> None:
         if _INTERPRETING:
-            self.kernel[self.grid](*self._for_triton(pointers), *numbers, *self.constants)
+            self.kernel[self.grid](*self._for_triton(pointers), *numbers, *self.constants, *[False] * self.overlaps)
             return
         device = pointers[0].get_device()
         if device != torch._C._cuda_getDevice():
@@ -139,16 +162,19 @@ class Launch:
             bits |= address
             arguments.append(address)
         aligned = not bits & 15  # which a compiled kernel relies on
-        entry = self._entries.get(device)
+        entry = self._entries.get((device, OVERLAP))
         if entry is None or not aligned:
-            given = self._for_triton(pointers)
-            compiled = self.kernel[self.grid](*given, *numbers, *self.constants, **self.options)
+            constants, options = self.constants, self.options
+            if self.overlaps:
+                overlap = OVERLAP and _can_overlap(device)
+                constants, options = (*constants, overlap), options | (dict(launch_pdl=True) if overlap else {})
+            compiled = self.kernel[self.grid](*self._for_triton(pointers), *numbers, *constants, **options)
             if aligned:
-                self._entries[device] = (compiled, _knobs(), *_entry(compiled))
+                self._entries[device, OVERLAP] = (compiled, _knobs(), *_entry(compiled), constants)
             return
-        compiled, knobs, call, middle, encode = entry
+        compiled, knobs, call, middle, encode, constants = entry
         if knobs is None or _watched(knobs) or (self._maps and encode is None):
-            compiled[self.grid](*self._for_triton(pointers), *numbers, *self.constants)
+            compiled[self.grid](*self._for_triton(pointers), *numbers, *constants)
             return
         for n, place, tensor_map, made in self._maps:
             address = arguments[place]
@@ -158,7 +184,7 @@ class Launch:
                 made[address] = encode(n, tensor_map.descriptor(pointers[place]))
             arguments[place : place + 1] = made[address]
         stream = torch._C._cuda_getCurrentRawStream(device)
-        call(*self.grid, stream, *middle, *arguments, *numbers, *self.constants)
+        call(*self.grid, stream, *middle, *arguments, *numbers, *constants)
 
     def _for_triton(self, pointers: tuple[Any, ...]) -> list:
         given = list(pointers)

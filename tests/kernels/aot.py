@@ -43,6 +43,8 @@ def target(arch: str) -> GPUTarget:
 def compile_kernel(kernel, arch: str, types: dict[str, str], constants: dict, num_warps: int, num_stages: int) -> dict:
     """Compile one kernel; `types` are its run-time arguments (pointers 16-byte aligned), `constants` all others."""
     names = kernel.arg_names
+    if "OVERLAP" in names:  # as `Launch` gives it
+        constants = constants | {"OVERLAP": arch.startswith("sm_") and int(arch[3:]) >= 90}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     constexprs = {(names.index(n),): v for n, v in constants.items()}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
@@ -260,7 +262,7 @@ def small_kernels(case, dtype=torch.bfloat16):
 
 def of_launch(launch: Launch, types: dict[str, str]):
     """Compile arguments of a launch; `types` names those of its pointers that are not None, and its numbers."""
-    names, constants = launch.kernel.arg_names, launch.constants
+    names, constants = [n for n in launch.kernel.arg_names if n != "OVERLAP"], launch.constants
     given = dict(zip(names[-len(constants) :], constants, strict=True))
     missing = [n for n in names[: -len(constants)] if n not in types]
     return launch.kernel, types, given | dict.fromkeys(missing), launch.options["num_warps"], 2
@@ -310,17 +312,6 @@ def router_kernels():
     yield "index", of_launch(route._index_launch(256, cut), types)
 
 
-def overlapping_kernels():
-    """The router's two launches where the second begins before the first has ended."""
-    f, i, n = "*fp32", "*i32", "i32"
-    ends = {"counts_ptr": i, "tokens_ptr": i, "offsets_ptr": i, "order_ptr": i, "index_ptr": i}
-    types = {"ids_ptr": i, "places_ptr": i, **ends, "per_sequence": n, "ranges": n, "per_range": n}
-    dtypes, config = (torch.float32, None), RouterConfig(8)
-    launch, _, slots = route._route_launch(dtypes, 32768, 128, 8, 128, 1, False, config, True)
-    yield "route, overlapping", of_launch(launch, types | {"logits_ptr": f, "weights_ptr": f, "stride_t": n})
-    yield "index, overlapping", of_launch(route._index_launch(128, slots, True), types | {"programs": n})
-
-
 def jobs(arch: str):
     """`(name, needs tensor cores, compile arguments)` of everything that is compiled for an architecture."""
     qwen, gpt, nemotron = (CASES[n] for n in ("qwen3-30b-a3b", "gpt-oss-120b", "nemotron-h"))
@@ -359,8 +350,6 @@ def jobs(arch: str):
     if arch in ("sm_80", "sm_90", "gfx942"):  # one of each kind: nothing in the router is made for more
         for name, arguments in router_kernels():
             yield name, False, arguments
-    if arch == "sm_90":
-        yield from ((name, False, arguments) for name, arguments in overlapping_kernels())
 
 
 def main() -> None:

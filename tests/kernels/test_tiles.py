@@ -119,7 +119,7 @@ def test_padding_is_what_the_table_says(config, device):
         heights = [height for _, _, height, _ in read(table)[0]]
         full = config.block_m
         tails = [h for h in heights if h > full]
-        whole = [next(x for x in (64, 128, 256) if h <= x) for h in heights if h <= full]
+        whole = [-(-h // 64) * 64 for h in heights if h <= full]
         rows = sum(whole) + sum(full + -(-(h - full) // 16) * 16 for h in tails)
         assert sum(heights) == count and max(heights) <= full + config.slack
         assert config.padded(count) == (rows, len(tails) + sum(h < full for h in whole))

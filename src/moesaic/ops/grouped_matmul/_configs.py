@@ -43,14 +43,14 @@ class Config:
     def padded(self, rows: int) -> tuple[int, int]:
         """Rows that the tiles of an expert with `rows` compute, and how many of its tiles are odd ones.
 
-        A swapped tile's tail is rounded to 16, what lies behind the tiles that could take it to a tile of 64 or 128.
+        A swapped tile's tail is rounded to 16, what lies behind the tiles that could take it to a multiple of 64.
         """
         full, left = divmod(rows, self.block_m)
         if not self.slack:
             return (full + (left > 0)) * self.block_m, 0
         if left <= self.slack * min(full, 2):
             return full * self.block_m + -(-left // 16) * 16, -(-left // self.slack)
-        height = next(h for h in (64, 128, 256) if left <= h)
+        height = -(-left // 64) * 64
         return full * self.block_m + height, int(height < self.block_m)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 
-from ...hardware import gl, gluon
+from ...hardware import gl, gluon, tl
 from ...launch import Launch, TensorMap, ceil_div
 from ._gluon_partitions import BLOCK_K, STAGES, TAIL, consume, mbarrier, produce, produce_gathered
 from ._tiles import HEAD, Form, Tiles, epilogue, row_tiles
@@ -23,7 +23,7 @@ def _swapped_gemm_kernel(
     x, gather_ptr, w_desc, bias_ptr, out_desc, hidden_ptr, table_ptr, stride_x,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     ACTIVATION: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, MAIN: gl.constexpr, ROWS: gl.constexpr, PROGRAMS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, MAIN: gl.constexpr, ROWS: gl.constexpr, PROGRAMS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns. TOP_K is 0 without a gather.
 
@@ -50,6 +50,9 @@ def _swapped_gemm_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(empty.index(s), count=2)
         mbarrier.init(full.index(s), count=1 + 128 if TOP_K > 0 else 1)
+    if OVERLAP:  # as `launch.follow`
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     GATHERED: gl.constexpr = TOP_K > 0
     EPILOGUE: gl.constexpr = (ACTIVATION, GATED, INTERLEAVED, ALPHA, LIMIT, HAS_BIAS, GATED and TRANSPOSED)
@@ -68,7 +71,7 @@ def _swapped_gemm_kernel(
             (consume, (ring, outputs, out_0, cue, (0, ROWS, STEPS, TRANSPOSED, False), N, EPILOGUE)),
             (consume, (ring, outputs, out_1, cue, (1, ROWS, STEPS, TRANSPOSED, False), N, EPILOGUE)),
             (produce, (x, w_desc, tiles_ptr, used_ptr, ring, cue, K, ROWS, TRANSPOSED, GATED, PROGRAMS)),
-        ], [4, 1], [232, 40])  # fmt: skip
+        ], [4, 1], [224, 64])  # fmt: skip
 
 
 # ---------------------------------------------------------------- launches
@@ -97,7 +100,7 @@ def _swapped_launch(form: Form, programs: int, block_m: int) -> Launch:
     maps = {2: _weight_map(form, rows), 4: _row_map(form.N, form.N, width)}
     if not form.top_k:
         maps[0] = _row_map(form.K, form.strides[0], 64)
-    return Launch(_swapped_gemm_kernel, (programs, 1, 1), constants, num_warps=4, maps=maps)
+    return Launch(_swapped_gemm_kernel, (programs, 1, 1), constants, num_warps=4, maps=maps, overlaps=True)
 
 
 def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], Tiles]:

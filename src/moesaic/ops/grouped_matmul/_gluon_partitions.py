@@ -92,11 +92,10 @@ def _load(stage, phase, ring, x_desc, w_desc, tile, k, ROWS: gl.constexpr, TRANS
     MAIN: gl.constexpr = x_bufs.shape[1]
     mbarrier.wait(empty.index(stage), phase)
     barrier = full.index(stage)
-    mbarrier.expect(barrier, WEIGHTS + 2 * BYTES, pred=height <= 64)
-    mbarrier.expect(barrier, WEIGHTS + 4 * BYTES, pred=(height > 64) & (height <= 128))
-    if MAIN == 256:
-        mbarrier.expect(barrier, WEIGHTS + 8 * BYTES, pred=(height > 128) & (height <= 256))
-    mbarrier.expect(barrier, WEIGHTS + (MAIN // BOX + 1) * BYTES, pred=height > MAIN)
+    pairs = (height + 63) // 64  # of boxes
+    for i in gl.static_range(1, MAIN // 64 + 1):
+        mbarrier.expect(barrier, WEIGHTS + 2 * i * BYTES, pred=pairs == i)
+    mbarrier.expect(barrier, WEIGHTS + (MAIN // BOX + 1) * BYTES, pred=pairs > MAIN // 64)
     _load_weights(w_desc, w_bufs, full, stage, expert, tile_n, k, ROWS, TRANSPOSED, GATED)
     end = row + height
     BOXES: gl.constexpr = MAIN // BOX
@@ -105,8 +104,7 @@ def _load(stage, phase, ring, x_desc, w_desc, tile, k, ROWS: gl.constexpr, TRANS
     for i in gl.static_range(BOXES + 1):
         rows = boxes.index(stage * BOXES + i) if i < BOXES else tail_boxes.index(stage)
         at = [EDGE, end, EDGE - height + i * BOX, k]
-        pred = height > (0 if i < 2 else 64 if i < 4 else 128 if i * BOX < MAIN else MAIN)
-        tma.async_copy_global_to_shared(x_desc, at, barrier, rows, pred=pred)
+        tma.async_copy_global_to_shared(x_desc, at, barrier, rows, pred=pairs > i // 2)
     return _next(stage, phase)
 
 
@@ -213,6 +211,15 @@ def _weights(w_bufs, stage, WHO: gl.constexpr, ROWS: gl.constexpr, TRANSPOSED: g
 
 
 @gluon.jit
+def _tokens(ring, stage, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Some of a stage's tokens as the N side of a product."""
+    if FIRST == ring[0].shape[1]:
+        return ring[1].index(stage).slice(0, COUNT).permute((1, 0))
+    else:
+        return ring[0].index(stage).slice(FIRST, COUNT).permute((1, 0))
+
+
+@gluon.jit
 def _wait_full(full, stage, phase, GATHERED: gl.constexpr):
     mbarrier.wait(full.index(stage), phase)
     if GATHERED:  # ordinary copies become visible to the tensor cores
@@ -221,12 +228,12 @@ def _wait_full(full, stage, phase, GATHERED: gl.constexpr):
 
 @gluon.jit
 def _multiply(stage, phase, ring, M: gl.constexpr, T: gl.constexpr, SHAPE: gl.constexpr):
-    """A tile's products for M main tokens and T tail ones, a step in flight behind the next.
+    """A tile's products for M tokens and T more, a step in flight behind the next.
 
     A stage is given back when its products are done. The first step is peeled: a variable that is assigned another
     carried one both before a loop and in it is taken for constant (Triton 3.6 to 3.9).
     """
-    x_bufs, tails, w_bufs, empty, full = ring
+    _, _, w_bufs, empty, full = ring
     WHO: gl.constexpr = SHAPE[0]
     ROWS: gl.constexpr = SHAPE[1]
     STEPS: gl.constexpr = SHAPE[2]
@@ -237,9 +244,9 @@ def _multiply(stage, phase, ring, M: gl.constexpr, T: gl.constexpr, SHAPE: gl.co
     tail = gl.zeros((ROWS, P), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16]))
     _wait_full(full, stage, phase, GATHERED)
     w = _weights(w_bufs, stage, WHO, ROWS, TRANSPOSED)
-    acc = warpgroup_mma(w, x_bufs.index(stage).slice(0, M).permute((1, 0)), acc, use_acc=False, is_async=True)
+    acc = warpgroup_mma(w, _tokens(ring, stage, 0, M), acc, use_acc=False, is_async=True)
     if T > 0:
-        tail = warpgroup_mma(w, tails.index(stage).slice(0, T).permute((1, 0)), tail, use_acc=False, is_async=True)
+        tail = warpgroup_mma(w, _tokens(ring, stage, M, T), tail, use_acc=False, is_async=True)
         acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))  # waits for nothing, but makes tensors of the tokens
     else:
         acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -248,9 +255,9 @@ def _multiply(stage, phase, ring, M: gl.constexpr, T: gl.constexpr, SHAPE: gl.co
     for _ in range(1, STEPS):
         _wait_full(full, stage, phase, GATHERED)
         w = _weights(w_bufs, stage, WHO, ROWS, TRANSPOSED)
-        acc = warpgroup_mma(w, x_bufs.index(stage).slice(0, M).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(w, _tokens(ring, stage, 0, M), acc, is_async=True)
         if T > 0:
-            tail = warpgroup_mma(w, tails.index(stage).slice(0, T).permute((1, 0)), tail, is_async=True)
+            tail = warpgroup_mma(w, _tokens(ring, stage, M, T), tail, is_async=True)
             acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
         else:
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -357,38 +364,42 @@ def _finish(acc, outputs, buffers, row, end, expert, column, N: gl.constexpr, EP
             return _put(ACTIVATION(acc, EPILOGUE[3], EPILOGUE[4]), out_desc, buffers, row, end, column, n)
 
 
+@gluon.constexpr_function
+def _sizes(MAIN):
+    """What a tile may be multiplied as: tokens, and tokens more."""
+    return ((64, 0), (128, 0), *(((128, 64), (256, 0)) if MAIN == 256 else ()), (MAIN, 16), (MAIN, 32))
+
+
 @gluon.jit
-def _tile(stage, phase, ring, outputs, buffers, tile, M: gl.constexpr, T: gl.constexpr, SHAPE: gl.constexpr,
-          N: gl.constexpr, EPILOGUE: gl.constexpr):  # fmt: skip
-    row, end, expert, column = tile
-    acc, tail, stage, phase = _multiply(stage, phase, ring, M, T, SHAPE)
-    n = _finish(acc, outputs, buffers, row, end, expert, column, N, EPILOGUE, 0)
-    if T > 0:
-        _finish(tail, outputs, buffers, row + M, end, expert, column, N, EPILOGUE, n)
+def _tile(stage, phase, ring, outputs, buffers, tile, SHAPE: gl.constexpr, N: gl.constexpr, EPILOGUE: gl.constexpr,
+          SIZE: gl.constexpr):  # fmt: skip
+    """A tile as the first of the sizes, from SIZE on, that holds it."""
+    row, height, expert, column = tile
+    SIZES: gl.constexpr = _sizes(ring[0].shape[1])
+    M: gl.constexpr = SIZES[SIZE][0]
+    T: gl.constexpr = SIZES[SIZE][1]
+    if height <= M + T:
+        end = row + height
+        acc, tail, stage, phase = _multiply(stage, phase, ring, M, T, SHAPE)
+        n = _finish(acc, outputs, buffers, row, end, expert, column, N, EPILOGUE, 0)
+        if T > 0:
+            _finish(tail, outputs, buffers, row + M, end, expert, column, N, EPILOGUE, n)
+    elif SIZE + 1 < len(SIZES):
+        stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, SHAPE, N, EPILOGUE, SIZE + 1)
     return stage, phase
 
 
 @gluon.jit
 def consume(ring, outputs, buffers, cue, SHAPE: gl.constexpr, N: gl.constexpr, EPILOGUE: gl.constexpr):
     """One half of every tile's rows of weights."""
-    MAIN: gl.constexpr = ring[0].shape[1]
     COLUMNS: gl.constexpr = SHAPE[1] // 2 if EPILOGUE[1] else SHAPE[1]
     stage, phase = 0, 0
     turn = 0 * gl.program_id(0)
     entry = _next_tile(cue, turn)
     while entry != END:
         row, expert, height, tile_n = _decode(entry)
-        tile = (row, row + height, expert, (2 * tile_n + SHAPE[0]) * COLUMNS)
-        if height <= 64:
-            stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, 64, 0, SHAPE, N, EPILOGUE)
-        elif height <= 128:
-            stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, 128, 0, SHAPE, N, EPILOGUE)
-        elif height <= MAIN:
-            stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, MAIN, 0, SHAPE, N, EPILOGUE)
-        elif height <= MAIN + 16:
-            stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, MAIN, 16, SHAPE, N, EPILOGUE)
-        else:
-            stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, MAIN, 32, SHAPE, N, EPILOGUE)
+        tile = (row, height, expert, (2 * tile_n + SHAPE[0]) * COLUMNS)
+        stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, SHAPE, N, EPILOGUE, 0)
         turn += 1
         entry = _next_tile(cue, turn)
     tma.store_wait(0)

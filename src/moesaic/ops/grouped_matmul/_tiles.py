@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
-from ...launch import Launch, ceil_div, pow2
+from ...launch import Launch, ceil_div, follow, pow2
 
 
 @triton.jit
@@ -143,9 +143,10 @@ def _expert_tiles(
 def _tiles_kernel(
     offsets_ptr, first_ptr, second_ptr,
     E: tl.constexpr, E_POW2: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PADDING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One expert's tiles in a table of FIRST, or where there is a SECOND of either: what `TileTable.of` takes."""
+    follow(OVERLAP)
     expert = tl.program_id(0)
     if SECOND is None:
         _expert_tiles(expert, offsets_ptr, first_ptr, E, E_POW2, FIRST, PADDING, BLOCK)
@@ -161,7 +162,7 @@ Tiles = tuple[int, int, int, int]  # what a product asks of the table: the argum
 @functools.lru_cache(maxsize=4096)
 def tiles_launch(E: int, first: Tiles, second: Tiles | None = None) -> Launch:
     grid = (E, 1 if second is None else 2, 1)
-    return Launch(_tiles_kernel, grid, (E, pow2(E), first, second, PADDING, 512))
+    return Launch(_tiles_kernel, grid, (E, pow2(E), first, second, PADDING, 512), overlaps=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import hardware
 from ...hardware import tl, triton
-from ...launch import Launch, ceil_div, pow2, unit_rows
+from ...launch import Launch, ceil_div, follow, pow2, unit_rows
 from . import _triton_tma
 from ._configs import Config, Product, configs, gemm_config, same_bits, sorts_first, wgrad_config
 from ._tiles import Form, Tiles, TileTable, epilogue
@@ -70,9 +70,10 @@ def _grouped_gemm_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr, ZERO_TAIL: tl.constexpr, BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2."""
+    follow(OVERLAP)
     # locate tile: slots of a group are neighbours in time, so that they share a weight tile through the L2
     OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     WIDTH: tl.constexpr = 2 * N if GATED else N
@@ -239,7 +240,8 @@ def _plain_launch(form: Form, rows: int, c: Config) -> tuple[Launch, tuple[int, 
     )  # fmt: skip
     grid = (num_slots * ceil_div(form.width, c.block_n), 1, 1)
     strides = (stride, we, wk, wn) if form.transposed else form.strides
-    return Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages), (*strides, rows, num_slots)
+    launch = Launch(_grouped_gemm_kernel, grid, constants, c.num_warps, c.num_stages, overlaps=True)
+    return launch, (*strides, rows, num_slots)
 
 
 def swaps(problem, *, K: int, gathered: bool, gated: bool = False, keeps: bool = False, transposed=None) -> bool:

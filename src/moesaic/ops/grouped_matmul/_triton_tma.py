@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
-from ...launch import Launch, TensorMap, ceil_div, pow2
+from ...launch import Launch, TensorMap, ceil_div, follow, pow2
 from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, Form, Tiles, decode, epilogue, head, row_tiles
 
 
@@ -50,7 +50,7 @@ def _persistent_gemm_kernel(
     N: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_HIDDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`out[r] = act(x[src(r)] @ w[expert(r)].T + bias)`; N counts out's columns: a gated tile makes BLOCK_N / 2.
 
@@ -59,6 +59,7 @@ def _persistent_gemm_kernel(
     OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     WIDTH: tl.constexpr = 2 * N if GATED else N
     JOINED: tl.constexpr = GATED and not INTERLEAVED  # the tile's left half is gate, the right one up
+    follow(OVERLAP)
     pid = tl.program_id(0)
     tiles_ptr, used, _ = head(table_ptr)
     offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -129,7 +130,8 @@ def _persistent_gemm_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def _zero_tail_kernel(out_ptr, offsets_ptr, R, N: tl.constexpr, E: tl.constexpr, PROGRAMS: tl.constexpr,
-                      BLOCK: tl.constexpr):  # fmt: skip
+                      BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    follow(OVERLAP)
     row = tl.load(offsets_ptr + E) + tl.program_id(0)
     while row < R:
         for n in range(0, N, BLOCK):
@@ -190,7 +192,7 @@ def _persistent_launch(form: Form, programs: int, c) -> Launch:
         maps[5] = maps[7] = row_map(N, 2 * N, m, out_n)
     elif form.keeps:
         maps[5] = row_map(form.width, form.width, m, n // 2)
-    return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages, maps)
+    return Launch(_persistent_gemm_kernel, (programs, 1, 1), constants, c.num_warps, c.num_stages, maps, overlaps=True)
 
 
 def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int, ...], Tiles]:
@@ -202,7 +204,7 @@ def launch(form: Form, rows: int, processors: int, c) -> tuple[Launch, tuple[int
 
 @functools.lru_cache(maxsize=4096)
 def _zero_tail_launch(dtype: torch.dtype, programs: int, N: int, E: int) -> Launch:
-    return Launch(_zero_tail_kernel, (programs, 1, 1), (N, E, programs, min(1024, pow2(N))))
+    return Launch(_zero_tail_kernel, (programs, 1, 1), (N, E, programs, min(1024, pow2(N))), overlaps=True)
 
 
 def zero_tail(out: Tensor, expert_offsets: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
-from ...launch import Launch, unit_rows
+from ...launch import Launch, follow, unit_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -21,9 +21,11 @@ def why_not(problem) -> str | None:
 
 @triton.jit
 def _permute_kernel(
-    x_ptr, row_order_ptr, live_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, row_order_ptr, live_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """`out[r] = x[row_order[r] // TOP_K]`, zero for rows past the live ones and for padding."""
+    follow(OVERLAP)
     row = tl.program_id(0)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(row_order_ptr + row)
@@ -34,8 +36,12 @@ def _permute_kernel(
 
 
 @triton.jit
-def _spread_kernel(x_ptr, row_index_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _spread_kernel(
+    x_ptr, row_index_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """`out[row_index[t, k]] = x[t]`: a token is read once and written to all of its rows."""
+    follow(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + token * stride_x + offs, mask=offs < H, other=0.0)
@@ -48,8 +54,10 @@ def _spread_kernel(x_ptr, row_index_ptr, out_ptr, stride_x, H: tl.constexpr, TOP
 def _combine_kernel(
     rows_ptr, row_index_ptr, weights_ptr, residual_ptr, out_ptr, stride_rows, stride_residual,
     H: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`out[t] = sum_k w[t, k] · rows[row_index[t, k]] (+ residual[t])` in fp32, in this order; no row, no summand."""
+    follow(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if RESIDUAL:  # asked for before the rows, whose addresses must be waited for
@@ -98,7 +106,7 @@ def _block(H: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _permute_launch(dtype: torch.dtype, R: int, H: int, top_k: int, stride: int) -> Launch:
     block = _block(H)
-    return Launch(_permute_kernel, (R, -(-H // block), 1), (H, top_k, block))
+    return Launch(_permute_kernel, (R, -(-H // block), 1), (H, top_k, block), overlaps=True)
 
 
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
@@ -114,7 +122,7 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
 @functools.lru_cache(maxsize=4096)
 def _spread_launch(dtype: torch.dtype, T: int, H: int, top_k: int, stride: int) -> Launch:
     block = _block(H)
-    return Launch(_spread_kernel, (T, -(-H // block), 1), (H, top_k, block))
+    return Launch(_spread_kernel, (T, -(-H // block), 1), (H, top_k, block), overlaps=True)
 
 
 def spread(x: Tensor, row_index: Tensor, top_k: int) -> Tensor:
@@ -136,7 +144,7 @@ def _combine_launch(
     """
     block = min(_block(H), 1024)
     constants = (H, top_k, weights is not None, residual is not None, block)
-    return Launch(_combine_kernel, (T, -(-H // block), 1), constants)
+    return Launch(_combine_kernel, (T, -(-H // block), 1), constants, overlaps=True)
 
 
 def unpermute(

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...hardware import arch_of
 from ...launch import Launch, ceil_div, pow2, unit_rows
 from ._triton_backward import _route_backward_kernel, _sparse_backward_kernel
 from ._triton_index import _count_kernel, _index_kernel
@@ -25,7 +23,6 @@ MAX_EXPERTS = 1024
 SMS = 132
 FEWEST_ROWS = 4  # of a range of many
 FEW_ROWS = 2048  # of a backward
-OVERLAP = True  # the second launch with the first one's end, where a GPU can
 ROOM = 4096  # lanes of a block
 BLOCK = 128  # slots that are compared each with each
 
@@ -118,22 +115,16 @@ def _routing_constants(E: int, K: int, bias: torch.dtype | None, statistics: boo
     )  # fmt: skip
 
 
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Can a launch begin while the one before it ends (programmatic dependent launch)?"""
-    arch = arch_of(device)
-    return OVERLAP and arch.startswith("sm_") and int(arch[3:]) >= 90
-
-
 @functools.lru_cache(maxsize=4096)
 def _route_launch(
-    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config, overlap: bool = False
+    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
 ) -> tuple[Launch, _Cut, _Cut]:
     """The launch, its cut, and the same of slots. Kept apart by all that the compiled kernel depends on: `dtypes` are
     those of logits and bias."""
     cut = _cut(T, S, _lanes(E, config.num_groups)[1])
-    constants = (*_routing_constants(E, K, dtypes[1], statistics, cut, config), overlap and not cut.single)
-    return Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut, cut.of_slots(K)
+    constants = _routing_constants(E, K, dtypes[1], statistics, cut, config)
+    launch = Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps, overlaps=True)
+    return launch, cut, cut.of_slots(K)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -144,26 +135,27 @@ def _weigh_launch(
     _, lanes = _lanes(E)
     cut = _cut(T, S, lanes)
     constants = (E, K, pow2(K), lanes, *_scoring(config), statistics, cut.block)
-    return Launch(_weigh_kernel, (cut.programs, 1, 1), constants, cut.num_warps), cut
+    return Launch(_weigh_kernel, (cut.programs, 1, 1), constants, cut.num_warps, overlaps=True), cut
 
 
 @functools.lru_cache(maxsize=4096)
 def _count_launch(dtype: torch.dtype, total: int, E: int) -> tuple[Launch, _Cut]:
     cut = _cut_slots(total)
     constants = (E, _lanes(E)[1], cut.single, cut.block)
-    return Launch(_count_kernel, (cut.programs, 1, 1), constants, 8 if cut.block == BLOCK else 4), cut
+    num_warps = 8 if cut.block == BLOCK else 4
+    return Launch(_count_kernel, (cut.programs, 1, 1), constants, num_warps, overlaps=True), cut
 
 
 @functools.lru_cache(maxsize=4096)
-def _index_launch(E: int, cut: _Cut, overlap: bool = False) -> Launch:
+def _index_launch(E: int, cut: _Cut) -> Launch:
     """`cut` is one of slots."""
     _, lanes = _lanes(E)
     each = ceil_div(cut.programs, SMS)
     chunk = max(1, min(16384 // lanes, pow2(cut.programs)))
     block = min(2048, max(16, pow2(cut.per_range)))
     warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
-    constants, options = (E, lanes, chunk, block, each, overlap), dict[str, Any](launch_pdl=True) if overlap else {}
-    return Launch(_index_kernel, (ceil_div(cut.programs, each), 1, 1), constants, warps, **options)
+    constants, grid = (E, lanes, chunk, block, each), (ceil_div(cut.programs, each), 1, 1)
+    return Launch(_index_kernel, grid, constants, warps, overlaps=True)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -211,7 +203,7 @@ class _Tables:
     def finish(self, ids: Tensor) -> None:
         """The second launch, where one is needed."""
         if not self.cut.single:
-            launch, numbers = _index_launch(self.E, self.cut, _overlaps(ids.device)), self.cut.numbers
+            launch, numbers = _index_launch(self.E, self.cut), self.cut.numbers
             launch((ids, self.places, self.counts, *self.pointers), (*numbers, self.cut.programs))
 
 
@@ -240,7 +232,7 @@ def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_e
         return weights, *expert_index(ids, num_experts), sums, squares, torch.zeros_like(sums, dtype=torch.int32)
     if given is None:
         dtypes = (logits.dtype, None if bias is None else bias.dtype)
-        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config, _overlaps(logits.device))
+        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config)
     else:
         launch, cut = _weigh_launch((logits.dtype, given.dtype), T, E, K, stride, S, statistics, config)
     sums = squares = None
@@ -318,7 +310,7 @@ def _gate_launch(
     splits, block_k = ceil_div(H, split), 128 if split % 128 == 0 else 64
     constants = (H, split, splits, tiles, block_n, block_k, dtypes[1] is not None)
     constants += _routing_constants(E, config.top_k, dtypes[2], False, cut, config)
-    return Launch(_gate_route_kernel, (tiles, splits, 1), constants, cut.num_warps), cut, splits
+    return Launch(_gate_route_kernel, (tiles, splits, 1), constants, cut.num_warps, overlaps=True), cut, splits
 
 
 def gate_route(x: Tensor, weight: Tensor, logit_bias: Tensor | None, bias: Tensor | None, config):

@@ -6,6 +6,7 @@ Legend: a *lane* holds one expert; a slot's *place* counts the slots of its expe
 from __future__ import annotations
 
 from ...hardware import tl, triton
+from ...launch import follow
 
 
 @triton.jit
@@ -66,12 +67,13 @@ def starts(counts, tokens_ptr, offsets_ptr, expert, is_expert, E: tl.constexpr):
 @triton.jit(do_not_specialize=["total", "per_range"])
 def _count_kernel(
     given_ptr, ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, total, per_range,
-    E: tl.constexpr, LANES: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, LANES: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One range of slots from outside: clean their ids, number them; what is not an expert is dropped.
 
     Slots of a block are compared each with each, so that ids may repeat and the cost does not grow with E.
     """
+    follow(OVERLAP)
     program = tl.program_id(0)
     begin = program * per_range
     end = tl.minimum(total, begin + per_range)
@@ -113,8 +115,7 @@ def _index_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """EACH ranges of slots: rows from their places, after the experts' starts and the earlier ranges' counts."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()  # launched before the first launch has ended
+    follow(OVERLAP)
     own = tl.program_id(0) * EACH
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES,), tl.int32)

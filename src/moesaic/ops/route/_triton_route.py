@@ -7,6 +7,7 @@ of a token's values live in one layout, a row of lanes, because a change of layo
 from __future__ import annotations
 
 from ...hardware import tl, triton
+from ...launch import follow
 from ._triton_index import places, range_of, starts, takers
 from ._triton_scores import (
     NAN_KEY,
@@ -159,8 +160,7 @@ def _route_kernel(
     SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`route_range` for each range of each sequence."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()  # the second launch may come, and waits for the end of this one
+    follow(OVERLAP)
     program = tl.program_id(0)
     begin, end = program, per_sequence
     if not SINGLE:
@@ -185,12 +185,13 @@ def _gate_route_kernel(
     MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
     MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
-    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr,
+    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Few tokens from hidden states to tables: every program multiplies a piece of W, the last to finish routes.
 
     `arrived` counts the programs and is zero again at the end. The pieces' sums are added in their order, whoever adds.
     """
+    follow(OVERLAP)
     e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     t = tl.arange(0, BT)
@@ -231,9 +232,10 @@ def _weigh_kernel(
     stride_t, per_sequence, ranges, per_range,
     E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr,
     POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr,
-    MULTIPLIER: tl.constexpr, CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr,
+    MULTIPLIER: tl.constexpr, CAP: tl.constexpr, STATISTICS: tl.constexpr, BT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The same for ids made elsewhere: clean them, weigh them, sum what the losses need."""
+    follow(OVERLAP)
     program = tl.program_id(0)
     begin, end = range_of(program, per_sequence, ranges, per_range)
     lane = tl.arange(0, LANES)
