@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moesaic import Routing, fused_experts, grouped_matmul, permute, route, unpermute
+from moesaic import Routing, fused_experts, grouped_matmul, launch, permute, route, unpermute
 from moesaic.bench import timing
 from moesaic.cases import CASES
 from moesaic.testing import STAGES, assert_close, make_inputs
@@ -74,6 +74,46 @@ def test_cuda_graph(olmoe):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, layer(inputs, logits))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 300, 3000])
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_overlapping_launches(tokens, captured, monkeypatch):
+    """Layers in a row, each on the result of the one before it, among copies, fills and others' kernels: the bits that
+    launches give which wait for each other."""
+    inputs = make_inputs(CASES["olmoe"].small(512, 256, 16), tokens, torch.bfloat16, "cuda")
+    gate = torch.randn(512, 16, device="cuda", dtype=torch.bfloat16)
+    x, copy = torch.empty_like(inputs.x), torch.empty_like(inputs.x)
+
+    def chain():
+        x.copy_(inputs.x)
+        for _ in range(40):
+            routing = route(x @ gate, top_k=8, implementation="triton")
+            y = fused_experts(**{**inputs.arguments(), "x": x, "routing": routing}, implementation="triton")
+            copy.copy_(y)
+            x.zero_()
+            x.add_(torch.nn.functional.layer_norm(copy, (512,)))
+        return x.clone()
+
+    def run(overlap: bool):
+        monkeypatch.setattr(launch, "OVERLAP", overlap)
+        chain()  # compiled
+        if not captured:
+            return [chain() for _ in range(5)]
+        torch.cuda.synchronize()
+        graph, out = torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graph):
+            y = chain()
+        for _ in range(5):
+            graph.replay()
+            out.append(y.clone())
+        return out
+
+    with torch.no_grad():
+        want, *others = run(False)
+        assert want.isfinite().all() and want.std() > 0.1
+        for y in (*others, *run(True)):
+            assert torch.equal(y, want)
 
 
 def test_compile_fullgraph(olmoe):

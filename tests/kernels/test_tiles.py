@@ -235,7 +235,32 @@ def test_persistent_product(counts, kind, weights, gathered, device):
         assert_close(out, apply(act, want, interleaved), K, name="activations")
 
 
-HEIGHTS = (1, 63, 64, 65, 0, 127, 128, 129, 144, 145, 160, 161, 192, 256, 257, 273, 288, 289, 320, 321, 384, 544, 600)
+HEIGHTS = (
+    1,
+    63,
+    64,
+    65,
+    0,
+    127,
+    128,
+    129,
+    144,
+    145,
+    160,
+    161,
+    192,
+    193,
+    256,
+    257,
+    273,
+    288,
+    289,
+    320,
+    321,
+    384,
+    544,
+    600,
+)
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and hardware.has_gluon()
 
 
