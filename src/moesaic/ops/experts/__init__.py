@@ -6,6 +6,7 @@ Legend: T tokens, H hidden, I intermediate, E experts, K choices; rows are the T
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = ["LAYOUTS", "fused_experts"]
 
 OP = Op("fused_experts", __name__, ("triton", "torch", "reference"))
 LAYOUTS = ("concatenated", "interleaved")
+SIDES = ("output", "input")
 _FROM_ROUTING: Any = "routing"
 
 
@@ -37,6 +39,7 @@ def fused_experts(
     weights: Tensor | None = _FROM_ROUTING,
     residual: Tensor | None = None,
     reduce: str = "weighted_sum",
+    weights_on: str = "output",
     layout: str = "concatenated",
     transposed: bool = False,
     allow_tf32: bool = False,
@@ -46,7 +49,8 @@ def fused_experts(
     """Run every token through its experts: `y[t] = sum_k w[t,k] · down_e(act(gate_up_e(x[t])))`, e = topk_ids[t,k].
 
     `gate_up_e(v) = W_gate_up[e] v + b_gate_up[e]`, split into gate and up; `down_e(a) = W_down[e] a + b_down[e]`.
-    With a residual, `y[t] = residual[t] + sum_k ...`.
+    With a residual, `y[t] = residual[t] + sum_k ...`; with weights on the input,
+    `y[t] = sum_k down_e(act(gate_up_e(w[t,k] · x[t])))`.
 
     Args:
         x: `(T, H)`, bf16, fp16 or fp32 (fp64 in torch).
@@ -59,6 +63,8 @@ def fused_experts(
             experts' outputs without weights.
         residual: `(T, H)` in the dtype of x, any strides: what the sum is added to before its one rounding.
         reduce: `"weighted_sum"`, or `"sum"` to leave the routing weights out on purpose.
+        weights_on: `"output"`, or `"input"` (Llama 4; vLLM's `apply_router_weight_on_input`): x is copied K times, and
+            `w[t,k] · x[t]` rounded to its dtype.
         layout: `"concatenated"` [gate | up] halves, or `"interleaved"` g0 u0 g1 u1 ... (gpt-oss).
         transposed: both weights are stored input-major.
         allow_tf32: let fp32 products round to TF32 on a GPU; IEEE otherwise.
@@ -83,6 +89,7 @@ def fused_experts(
     act = resolve(activation, who)
     check_choice(who, "layout", layout, LAYOUTS)
     check_choice(who, "reduce", reduce, ("weighted_sum", "sum"))
+    check_choice(who, "weights_on", weights_on, SIDES)
     weights = _weights(who, weights, reduce, routing)
     if routing.padded is not None:
         raise ValueError(
@@ -91,6 +98,15 @@ def fused_experts(
         )
     x, w_gate_up, w_down, b_gate_up, b_down, residual = autocast(x, w_gate_up, w_down, b_gate_up, b_down, residual)
     _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act, transposed)
+    if weights_on == "input":
+        if weights is None:
+            raise ValueError(f"{who}: weights_on='input' needs weights, got reduce='sum'; leave one of them out.")
+        layer = functools.partial(
+            fused_experts, w_gate_up=w_gate_up, w_down=w_down, activation=act, b_gate_up=b_gate_up, b_down=b_down,
+            weights=None, reduce="sum", layout=layout, transposed=transposed, allow_tf32=allow_tf32,
+            batch_invariant=batch_invariant, implementation=implementation,
+        )  # fmt: skip
+        return _weigh_inputs(layer, x, weights, routing, residual)
     tensors, graph = (x, w_gate_up, w_down, weights, b_gate_up, b_down), torch.is_grad_enabled()
     save = graph and any(t is not None and t.requires_grad for t in tensors)
     # the residual's gradient is the incoming one: it wants the operator, but nothing saved
@@ -120,6 +136,17 @@ def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) ->
     if weights.shape != routing.topk_ids.shape:
         check_shape(who, "weights", weights, (routing.num_tokens, routing.top_k))
     return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
+
+
+def _weigh_inputs(layer, x: Tensor, weights: Tensor, routing: Routing, residual: Tensor | None) -> Tensor:
+    """The layer with a token `w[t, k] · x[t]` for every slot, whose tables are the slots' own."""
+    T, K = routing.topk_ids.shape
+    slots = (x[:, None] * weights[..., None]).to(x.dtype).flatten(0, 1)
+    each = replace(routing, topk_weights=None, topk_ids=routing.topk_ids.reshape(-1, 1))
+    if K == 1:
+        return layer(slots, routing=each, residual=residual)
+    y = layer(slots, routing=each).unflatten(0, (T, K)).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (y if residual is None else residual + y).to(x.dtype)
 
 
 def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act, transposed) -> None:
