@@ -276,7 +276,7 @@ SHARED = {
     "weighed": (dict(score="sigmoid", shared_logits=2, num_shared_experts=2), True),
     "beside experts without matrices": (dict(zero_experts=1, identity_experts=2, constant_experts=2, top_k=4), True),
     "input, one choice": (dict(weight_on_input=True, top_k=1, order="post", score="sigmoid"), True),
-    "input, three choices": (dict(weight_on_input=True, top_k=3, order="post", score="sigmoid"), False),
+    "input, three choices": (dict(weight_on_input=True, top_k=3, order="post", score="sigmoid"), True),
     "routed scale": (dict(routed_scale=2.5), False),
     "routed scale beside experts without matrices": (dict(routed_scale=2.5, identity_experts=3, top_k=4), False),
 }

@@ -194,6 +194,7 @@ class Experts(nn.Module):
             x, getattr(self, self.first), self.down_proj, routing, activation=self.config.activation,
             b_gate_up=getattr(self, f"{self.first}_bias"), b_down=self.down_proj_bias, layout=self.config.layout,
             transposed=self.config.transposed, residual=residual,
+            weights_on="input" if self.config.weight_on_input else "output",
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -323,10 +324,8 @@ class MoE(nn.Module):
     def _routed(self, tokens: Tensor, routing: Routing, shared: Tensor | None) -> Tensor:
         """What the chosen experts give, with matrices and without, and the shared ones' part."""
         c = self.config
-        # a factor of the routed sum alone must not meet the shared part, and K partial sums would each add it
-        apart = c.routed_scale != 1.0 or (c.weight_on_input and routing.top_k > 1)
-        residual = None if apart else shared
-        y = (self._of_weighted if c.weight_on_input else self.experts)(tokens, routing, residual)
+        apart = c.routed_scale != 1.0  # a factor of the routed sum alone must not meet the shared part
+        y = self.experts(tokens, routing, None if apart else shared)
         if routing.identity_weight is not None:
             y = y + routing.identity_weight[:, None].to(y.dtype) * tokens
         if routing.constant_weights is not None:
@@ -335,18 +334,6 @@ class MoE(nn.Module):
         if c.routed_scale != 1.0:
             y = y * c.routed_scale
         return y if shared is None or not apart else y + shared
-
-    def _of_weighted(self, tokens: Tensor, routing: Routing, residual: Tensor | None) -> Tensor:
-        """`sum_k expert_k(w_k · x)`: a token becomes K, each with one choice of weight 1; K = 1 takes a residual."""
-        K, weights = routing.top_k, routing.topk_weights
-        assert weights is not None
-        rows = (tokens[:, None] * weights[..., None].to(tokens.dtype)).flatten(0, 1)
-        ones = torch.ones_like(weights).view(-1, 1)
-        if K == 1:
-            return self.experts(rows, dataclasses.replace(routing, topk_weights=ones), residual)
-        assert residual is None
-        single = Routing.from_topk(ones, routing.topk_ids.view(-1, 1), routing.num_experts)
-        return self.experts(rows, single).view(-1, K, tokens.shape[1]).sum(1)
 
     def _losses(self, routing: Routing) -> dict[str, Tensor]:
         if not self.training:
