@@ -101,7 +101,7 @@ def config_of(arch: str, case, rows: float, *, up: bool, dgrad: bool, dtype=torc
     E, H, I = case.num_experts, case.hidden_size, case.intermediate_size
     width = ACTIVATIONS[case.activation].width(I) if up and not dgrad else I if up else H
     R, (N, K) = round(rows * E), (I, H) if up else (H, I)
-    return gemm_config(arch, dtype, Product(R, E, width, K, N, R // case.top_k if up else R))
+    return gemm_config(arch, dtype, Product(R, E, width, K, N, R // case.top_k if up else 0))
 
 
 def gemm(arch: str, case, rows: float, *, up: bool, training: bool = False, dgrad: bool = False, dtype=torch.bfloat16):

@@ -24,15 +24,15 @@ def why_not(problem) -> str | None:
 
 def default_config(problem) -> tuple[products.Config, products.Config]:
     """The configurations of the up and the down product."""
-    H, I, R = problem.hidden_size, problem.intermediate_size, problem.num_slots
-    return _up_config(problem), _config(problem, products.swaps(problem, K=I, gathered=False), H, I, H, R)
+    H, I = problem.hidden_size, problem.intermediate_size
+    return _up_config(problem), _config(problem, products.swaps(problem, K=I, gathered=False), H, I, H, 0)
 
 
 def _up_config(problem) -> products.Config:
     H, I, act = problem.hidden_size, problem.intermediate_size, ACTIVATIONS[problem.activation]
     sorts = _sorts(problem)
     swap = products.swaps(problem, K=H, gathered=not sorts, gated=act.gated, keeps=problem.training)
-    return _config(problem, swap, act.width(I), H, I, problem.num_slots if sorts else problem.num_tokens)
+    return _config(problem, swap, act.width(I), H, I, 0 if sorts else problem.num_tokens)
 
 
 def _config(problem, swap: bool, *sizes: int) -> products.Config:

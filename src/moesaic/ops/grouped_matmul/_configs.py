@@ -1,13 +1,18 @@
-"""Which tile for which product: a table by architecture, and where one was measured a model of what tiles cost."""
+"""Which tile for which product: a table by architecture, and where one was measured a model of what tiles cost.
+
+What was measured to be better than the model's choice stands in `_tuned.py`.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+
+from ._tuned import DOWN, UP
 
 SMALL_MEMORY = ("sm_86", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory a block
 
@@ -58,8 +63,8 @@ class Config:
 class Product:
     """One product: `rows` of `num_experts` experts, `width` columns of weights, `depth` the contraction.
 
-    `sources` rows are read: fewer than `rows` where a token is gathered for each of its experts. `out` columns are
-    written. `swaps`: can `_gluon` make it?
+    `sources` tokens are read where each is gathered for its experts, and 0 says that rows lie in their order. `out`
+    columns are written. `swaps`: can `_gluon` make it?
     """
 
     rows: int
@@ -72,11 +77,16 @@ class Product:
 
     @property
     def gathered(self) -> bool:
-        return self.sources < self.rows
+        return self.sources > 0
 
     @property
     def rows_per_expert(self) -> float:
         return self.rows / max(self.num_experts, 1)
+
+    @property
+    def octave(self) -> int:
+        """Rows an expert as the table counts them: the nearest power of two, or 0 below one."""
+        return 2 ** round(math.log2(self.rows_per_expert)) if self.rows_per_expert >= 1 else 0
 
 
 @dataclass(frozen=True)
@@ -92,36 +102,28 @@ class Cost:
     blocks: int = 1
 
 
-_PLAIN_16, _PLAIN_32 = Config(16, 128, 128, 4, 4), Config(32, 128, 64, 4, 5)
-_LOW, _LARGE = (
-    Config(64, 256, 64, 4, 4, kernel="persistent"),
-    Config(128, 256, 64, 8, 4, kernel="persistent"),
-)
-TALL, WIDE = (
-    Config(128, 256, 64, 4, 4, kernel="swapped", slack=32),
-    Config(256, 128, 64, 4, 4, kernel="swapped", slack=32),
-)
+TILES = {
+    "plain16": Config(16, 128, 128, 4, 4),
+    "plain32": Config(32, 128, 64, 4, 5),
+    "low": Config(64, 256, 64, 4, 4, kernel="persistent"),
+    "large": Config(128, 256, 64, 8, 4, kernel="persistent"),
+    "tall": Config(128, 256, 64, 4, 4, kernel="swapped", slack=32),
+    "wide": Config(256, 128, 64, 4, 4, kernel="swapped", slack=32),
+}
+_LARGE, TALL, WIDE = TILES["large"], TILES["tall"], TILES["wide"]
 # (gathered, contiguous), fitted to 185 products of seven models with 16 to 16384 tokens (H200, 2026-11-23), so that
 # choosing by them loses least: 0.3% over the best of these tiles in the mean, 3.3% at the most.
 PEAK_TFLOPS, PROCESSORS = 790.0, 132
 COPY_RATE = 3.6  # TB/s of rows copied into their order
 H200: dict[Config, tuple[Cost | None, Cost | None]] = {
-    _PLAIN_16: (Cost(4.4, 5.65, 0.0), Cost(4.3, 5.4, 0.3)),
-    _PLAIN_32: (Cost(4.35, 3.0, 1.5, blocks=2), Cost(4.25, 3.125, 1.5, blocks=2)),
-    _LOW: (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.22, 1.5)),
-    _LARGE: (Cost(4.05, 1.06, 2.0), Cost(3.95, 1.08, 0.0)),
-    TALL: (Cost(4.2, 1.1, 1.0, odd=60), Cost(4.4, 1.04, 1.0, odd=60)),
-    WIDE: (None, Cost(3.95, 1.04, 0.5, odd=20)),
+    TILES["plain16"]: (Cost(4.4, 5.65, 0.0), Cost(4.3, 5.4, 0.3)),
+    TILES["plain32"]: (Cost(4.35, 3.0, 1.5, blocks=2), Cost(4.25, 3.125, 1.5, blocks=2)),
+    TILES["low"]: (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.22, 1.5)),
+    TILES["large"]: (Cost(4.05, 1.06, 2.0), Cost(3.95, 1.08, 0.0)),
+    TILES["tall"]: (Cost(4.2, 1.1, 1.0, odd=60), Cost(4.4, 1.04, 1.0, odd=60)),
+    TILES["wide"]: (None, Cost(3.95, 1.04, 0.5, odd=20)),
 }
-
-
-# Where another tile was measured more than 2% ahead of the model's (H200, 2026-11-23; all had passed the oracle):
-# (experts, width, depth) -> rows an expert, to the nearest power of two -> tile.
-TUNED: dict[tuple[int, int, int], dict[int, Config]] = {
-    # mixtral-8x7b, whose long contractions outgrow the L2 where wide tiles stand in groups
-    (8, 4096, 14336): {256: TALL, 512: WIDE, **dict.fromkeys((1024, 2048, 4096, 8192), _LARGE)},
-    (8, 28672, 4096): dict.fromkeys((2048, 4096, 8192), TALL),
-}
+SORTED = "sorted "  # before a tile's name: gathered rows are copied into their order first
 
 
 @functools.lru_cache(maxsize=4096)
@@ -146,7 +148,7 @@ def expected_rows(config: Config, odd: int, mean: float) -> float:
 def microseconds(config: Config, cost: Cost, p: Product) -> float:
     """Estimated time: the larger of what memory and arithmetic take, rounded where they meet."""
     hit = p.num_experts * (1 - math.exp(-p.rows_per_expert))
-    memory = 2 * (hit * p.width * p.depth + p.sources * p.depth + p.rows * p.out) / cost.rate / 1e6
+    memory = 2 * (hit * p.width * p.depth + (p.sources or p.rows) * p.depth + p.rows * p.out) / cost.rate / 1e6
     tiles = p.num_experts * expected_rows(config, cost.odd, p.rows_per_expert) / config.block_m
     waves = tiles * math.ceil(p.width / config.block_n) / (PROCESSORS * cost.blocks)
     waves += 0.7 * (math.ceil(waves) - waves)  # the last wave is not full, but its tiles run the faster for it
@@ -155,20 +157,53 @@ def microseconds(config: Config, cost: Cost, p: Product) -> float:
     return (memory**6 + work**6) ** (1 / 6)
 
 
-def cheapest(product: Product) -> tuple[Config, float]:
-    """The tile that `H200` finds best for a product, and its estimated time."""
-    times: dict[Config, float] = {}
-    for config, kinds in H200.items():
-        cost = kinds[not product.gathered]
-        if cost is not None and (product.swaps or config.kernel != "swapped"):
-            times[config] = microseconds(config, cost, product)
-    best = min(times, key=lambda config: times[config])
-    return best, times[best]
+def estimates(product: Product) -> dict[str, float]:
+    """What `H200` expects of every way to make a product, in µs, by the name of its tile.
+
+    Gathered rows may be copied into their order first (`SORTED`), a read and a write at `COPY_RATE`.
+    """
+    times: dict[str, float] = {}
+    in_order, prefix, copy = product, "", 0.0
+    if product.gathered:
+        in_order, prefix = replace(product, sources=0), SORTED
+        copy = 2 * (product.rows + product.sources) * product.depth / COPY_RATE / 1e6
+    for name, config in TILES.items():
+        gathered, contiguous = H200[config]
+        if config.kernel == "swapped" and not product.swaps:
+            continue
+        if product.gathered and gathered is not None:
+            times[name] = microseconds(config, gathered, product)
+        if contiguous is not None:
+            times[prefix + name] = microseconds(config, contiguous, in_order) + copy
+    return times
+
+
+def fastest(product: Product, sorts: bool = True, among: Collection[str] | None = None) -> str:
+    """The way that the model finds best, among some or all; may rows be sorted? With few an expert it never pays."""
+    times = estimates(product)
+    sorts = sorts and product.rows_per_expert >= 192
+    ways = [way for way in times if (sorts or not way.startswith(SORTED)) and (among is None or way in among)]
+    return min(ways, key=times.__getitem__)
+
+
+def tuned(product: Product) -> str | None:
+    """The way that was measured to be better than the model's, or None.
+
+    Rows that lie in their order may have been copied there because an entry says so: then it names their tile too.
+    """
+    key, rows = (product.num_experts, product.width, product.depth), product.octave
+    way = UP.get(key, {}).get(rows)
+    if not product.gathered:
+        copied = way is not None and way.startswith(SORTED)
+        way = DOWN.get(key, {}).get(rows, way.removeprefix(SORTED) if copied else None)
+    if way is None or (TILES[way.removeprefix(SORTED)].kernel == "swapped" and not product.swaps):
+        return None
+    return way
 
 
 @functools.lru_cache(maxsize=4096)
 def gemm_config(arch: str, dtype: torch.dtype, product: Product) -> Config:
-    """The tile for a product: on sm_90 the cheapest by `H200`, elsewhere by the mean number of rows an expert.
+    """The tile for a product: on sm_90 the table's or else the model's, elsewhere by the mean number of rows an expert.
 
     The other architectures' tiles are sized to shared memory and registers by compiling.
     """
@@ -176,10 +211,8 @@ def gemm_config(arch: str, dtype: torch.dtype, product: Product) -> Config:
     if dtype == torch.float32:
         return Config(16 if rows <= 16 else 64, 64, 32, 4, 2)
     if arch == "sm_90":
-        tuned = TUNED.get((product.num_experts, product.width, product.depth), {})
-        if rows >= 1 and (config := tuned.get(2 ** round(math.log2(rows)))):
-            return config
-        return cheapest(product)[0]
+        way = tuned(product)
+        return TILES[fastest(product, sorts=False) if way is None or way.startswith(SORTED) else way]
     if arch.startswith("gfx"):  # 64 KiB of LDS
         if rows <= 16:
             return Config(16, 64, 128, 4, 2)
@@ -199,12 +232,11 @@ def gemm_config(arch: str, dtype: torch.dtype, product: Product) -> Config:
 def sorts_first(arch: str, product: Product) -> bool:
     """Is it worth copying gathered rows into their order, so that the product may load them as tiles?
 
-    The copy is a read and a write of the rows at `COPY_RATE`; it pays for wide weights, as Mixtral's.
+    Mostly for wide weights, as Mixtral's.
     """
-    if arch != "sm_90" or not product.gathered or product.rows_per_expert < 192:
+    if arch != "sm_90" or not product.gathered:
         return False
-    copy = 2 * (product.rows + product.sources) * product.depth / COPY_RATE / 1e6
-    return cheapest(replace(product, sources=product.rows))[1] + copy < cheapest(product)[1]
+    return (tuned(product) or fastest(product)).startswith(SORTED)
 
 
 def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

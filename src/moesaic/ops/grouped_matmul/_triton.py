@@ -262,7 +262,7 @@ def choose(
 ) -> Config:  # fmt: skip
     """The configuration of a product, as `Product` describes it."""
     if batch_invariant and not same_bits(arch, dtype, K):
-        rows = sources = 64 * E
+        rows, sources = 64 * E, 0
     return gemm_config(arch, dtype, Product(rows, E, width, K, N, sources, swaps))
 
 
@@ -314,9 +314,8 @@ def plan(
     form = Form(problem.dtype, problem.num_experts, N, K, transposed, strides, top_k, activation, problem.interleaved,
                 bias, keeps, zeros, problem.allow_tf32)  # fmt: skip
     swap = swaps(problem, K=K, gathered=top_k > 0, gated=form.gated, keeps=keeps, transposed=transposed)
-    c = config or choose(
-        problem.arch, form.dtype, problem.batch_invariant, swap, rows, form.experts, form.width, K, N, sources
-    )
+    c = config or choose(problem.arch, form.dtype, problem.batch_invariant, swap, rows, form.experts, form.width, K, N,
+                         sources if top_k else 0)  # fmt: skip
     if c.kernel == "plain" or _triton_tma.why_not(form, aligned) is not None:
         return Gemm((rows, N), *_plain_launch(form, rows, c.plain), None, None, zeros)
     processors = hardware.sm_count(device) if device >= 0 else 4
@@ -396,7 +395,7 @@ def bias_grad(
 def default_config(problem) -> Config:
     R, E, N, K = problem.num_slots, problem.num_experts, problem.intermediate_size, problem.hidden_size
     swap = swaps(problem, K=K, gathered=False)
-    return choose(problem.arch, problem.dtype, problem.batch_invariant, swap, R, E, N, K, N, problem.num_tokens)
+    return choose(problem.arch, problem.dtype, problem.batch_invariant, swap, R, E, N, K, N, 0)
 
 
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
