@@ -90,7 +90,7 @@ class Parts:
         source = torch.empty((R + self.x.shape[0]) * self.H // 2, dtype=torch.bfloat16, device="cuda")
         target = torch.empty_like(source)
         out["copy of the combine's bytes"] = lambda: target.copy_(source)
-        for config in (PLAIN, *H200):
+        for config in (PLAIN, *(c for c in H200 if c.group_m == 16)):
             if R > 256 * E and config.block_m <= 32:
                 continue  # tens of milliseconds
             name = f"{config.kernel} {config.block_m}x{config.block_n}"

@@ -22,7 +22,7 @@ from moesaic.problem import Problem
 
 DEVICE = torch.device("cuda", 0)
 PLAIN = "plain32"  # whose bits the others must have
-NEAR = 1.3  # times the model's best: ways that it puts behind this are not tried
+NEAR = 1.2  # times the model's best: ways that it puts behind this are not tried
 Job = tuple[str, int, str, str]  # shape, tokens, role, way
 
 
@@ -53,7 +53,8 @@ def ways(case: Case, tokens: int, role: str) -> list[str]:
     for way in list(times):
         sorts, gated, tile = way.startswith(SORTED), role == "up" and case.gated, TILES[way.removeprefix(SORTED)]
         swaps = products.swaps(p, K=product.depth, gathered=role == "up" and not sorts, gated=gated)
-        if (tile.kernel == "swapped" and not swaps) or (sorts and rows < 64) or tile.block_m > 64 * rows:
+        grouped = rows > tile.group_m * tile.block_m or tile.group_m == products.Config.group_m
+        if (tile.kernel == "swapped" and not swaps) or (sorts and rows < 64) or tile.block_m > 64 * rows or not grouped:
             del times[way]
     return [way for way, us in times.items() if us <= NEAR * min(times.values())]
 

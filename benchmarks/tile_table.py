@@ -21,6 +21,8 @@ Weights = tuple[int, int, int]  # experts, width, depth
 HEADER = '''\
 """Where the fastest way to make a product was measured more than {lead:.0%} ahead of what `_configs.py` expects.
 
+In a burst, or from 512 rows an expert on in the mean of a burst and settled clocks.
+
 `(experts, width, depth)` of the weights -> rows an expert, to the nearest power of two -> tile, with "sorted" before it
 where gathered rows are copied into their order first. {machine}, {date}; every tile had passed the oracle. Made by
 `python benchmarks/tiles.py --write` of
@@ -39,6 +41,12 @@ def product_of(case: Case, tokens: int, role: str) -> Product:
     return Product(tokens * case.top_k, case.num_experts, *sizes, swaps=True)
 
 
+def counted(cell: dict[str, Any]) -> dict[str, float]:
+    """What counts of a product's ways, in µs: the burst, or the mean of it and of settled clocks."""
+    us = cell.get("us", {})
+    return {way: (us[way] + t) / 2 for way, t in cell.get("settled", {}).items()} or us
+
+
 def entries(records: Sequence[dict[str, Any]], role: str) -> dict[Weights, dict[int, str]]:
     """Where the best way of those timed leads the model's choice among them, and what it is.
 
@@ -48,7 +56,7 @@ def entries(records: Sequence[dict[str, Any]], role: str) -> dict[Weights, dict[
     cells: dict[tuple[Weights, int], list[tuple[Product, dict[str, float]]]] = defaultdict(list)
     for row in {(row["shape"], row["tokens"]): row for record in records for row in record["rows"]}.values():
         product = product_of(CASES[row["shape"]], row["tokens"], role)
-        if us := row.get(role, {}).get("us"):
+        if us := counted(row.get(role, {})):
             cells[(product.num_experts, product.width, product.depth), product.octave].append((product, us))
     out: dict[Weights, dict[int, str]] = {}
     for (weights, rows), found in sorted(cells.items()):

@@ -109,6 +109,9 @@ TILES = {
     "large": Config(128, 256, 64, 8, 4, kernel="persistent"),
     "tall": Config(128, 256, 64, 4, 4, kernel="swapped", slack=32),
     "wide": Config(256, 128, 64, 4, 4, kernel="swapped", slack=32),
+    # for experts with thousands of rows, of which fewer row tiles at a time fit the L2
+    "tall8": Config(128, 256, 64, 4, 4, group_m=8, kernel="swapped", slack=32),
+    "wide4": Config(256, 128, 64, 4, 4, group_m=4, kernel="swapped", slack=32),
 }
 _LARGE, TALL, WIDE = TILES["large"], TILES["tall"], TILES["wide"]
 # (gathered, contiguous), fitted to 185 products of seven models with 16 to 16384 tokens (H200, 2026-11-23), so that
@@ -123,6 +126,7 @@ H200: dict[Config, tuple[Cost | None, Cost | None]] = {
     TILES["tall"]: (Cost(4.2, 1.1, 1.0, odd=60), Cost(4.4, 1.04, 1.0, odd=60)),
     TILES["wide"]: (None, Cost(3.95, 1.04, 0.5, odd=20)),
 }
+H200 |= {TILES["tall8"]: H200[TALL], TILES["wide4"]: H200[WIDE]}
 SORTED = "sorted "  # before a tile's name: gathered rows are copied into their order first
 
 
