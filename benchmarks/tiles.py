@@ -96,7 +96,7 @@ class Batch:
             if reason is None and same_bits("sm_90", out.dtype, depth) and not torch.equal(out, self.plain[role]):
                 reason = "not the plain kernel's bits"
         except Exception as e:  # a tile that cannot run is a finding too
-            reason = f"{type(e).__name__}: {e}"
+            reason = f"{type(e).__name__}: {str(e)[:300]}"
         return reason
 
     def measure(self, role: str, rounds: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def timed(layer: Layer, tokens: int, rounds: int) -> dict[str, Any]:
         for role in ROLES:
             row[role] = batch.measure(role, rounds)
     except Exception as e:  # out of memory, say: a smaller batch may do
-        row["failed"] = f"{type(e).__name__}: {e}"
+        row["failed"] = f"{type(e).__name__}: {str(e)[:300]}"
     return row
 
 

@@ -198,8 +198,8 @@ def tuned(product: Product) -> str | None:
     key, rows = (product.num_experts, product.width, product.depth), product.octave
     way = UP.get(key, {}).get(rows)
     if not product.gathered:
-        copied = way is not None and way.startswith(SORTED)
-        way = DOWN.get(key, {}).get(rows, way.removeprefix(SORTED) if copied else None)
+        copied = way.removeprefix(SORTED) if way is not None and way.startswith(SORTED) else None
+        way = DOWN.get(key, {}).get(rows, copied)
     if way is None or (TILES[way.removeprefix(SORTED)].kernel == "swapped" and not product.swaps):
         return None
     return way
