@@ -31,7 +31,7 @@ from moesaic.testing import assert_close
 
 LARGE = products.Config(128, 256, 64, 8, 4, kernel="persistent")
 PLAIN = products.Config(128, 256, 64, 8, 3)
-SUSTAINED = ("128x256", "256x128", "sorted before", "bmm")
+SUSTAINED = ("128x256", "256x128", "sorted before", "bmm", "layer")
 
 
 class Parts:

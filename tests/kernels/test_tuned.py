@@ -19,7 +19,7 @@ from moesaic.ops.grouped_matmul import _tuned
 from moesaic.problem import Problem
 
 ROOT = Path(__file__).parents[2]
-RECORDS: tuple[str, ...] = ()  # under benchmarks/results/h200, in the order given to `tiles.py --write`
+RECORDS = ("2026-11-23-tiles-cases.json",)  # under benchmarks/results/h200, in the order given to `tiles.py --write`
 ENTRIES = [
     (role, weights, rows, way)
     for role in ("up", "down")

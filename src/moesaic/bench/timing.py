@@ -7,7 +7,8 @@ the time is the device's; larger calls are enqueued one by one.
 A GPU is timed under two protocols, because one that is held to a power limit ranks kernels differently cold and hot
 (H200 capped at 700 W: 1.98 GHz cold, 1.40 to 1.55 GHz under load). *Burst* is a millisecond after idling.
 *Sustained* lets the candidate itself settle the clocks before it is timed. Short windows back to back are neither:
-there a candidate runs at the clocks that its neighbour left, which put one kernel 24 % ahead where it was 2 %.
+there a candidate runs at the clocks that its neighbour left, which put one kernel 24 % ahead where it was 2 %, and
+windows of 50 ms behind 50 ms still gave the same kernel times 9 % apart.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from torch.profiler import ProfilerActivity, profile, schedule
 Call = Callable[[int], object]  # runs batch i
 
 GRAPH_TOKENS = 1024  # up to this many tokens a GPU call is timed as a graph replay
-IDLE, BURST, SUSTAINED = 5e-3, 1.2e-3, 50e-3  # seconds: before a burst, of a burst, of each half of a sustained window
+IDLE, BURST = 5e-3, 1.2e-3  # seconds: before a burst, of a burst
+# Seconds before a sustained window, and of one. When the work changes, the power controller swings for a while: a bmm
+# behind another kernel took 1262 µs at first, 1498 after 0.3 s, 1305 from 0.4 s on (H200, 2026-11-23).
+SETTLE, SUSTAINED = 0.4, 0.1
 _FLUSH_BYTES = 256 << 20  # larger than any L2
 
 
@@ -147,9 +151,9 @@ def burst(gpu: Gpu, unit: Unit, turn: int) -> float:
 
 
 def sustained(gpu: Gpu, unit: Unit, turn: int) -> float:
-    """Seconds a call in `SUSTAINED` seconds of calls right behind as many untimed, in which the clocks settle."""
+    """Seconds a call in `SUSTAINED` seconds of calls right behind `SETTLE` seconds of them, in which the clocks settle."""
     times = max(1, math.ceil(SUSTAINED / unit.seconds))
-    _repeat(unit, turn, times)  # nobody waits in between: the device must not idle
+    _repeat(unit, turn, max(1, math.ceil(SETTLE / unit.seconds)))  # nobody waits: the device must not idle
     return gpu.seconds(lambda: _repeat(unit, turn, times)) / (times * unit.calls)
 
 

@@ -34,7 +34,7 @@ def bench(
         str, typer.Option(help=f"How tokens spread, some of {', '.join(DISTRIBUTIONS)}.")
     ] = "uniform",
     clocks: Annotated[
-        str, typer.Option(help=f"On a GPU: {', '.join(PROTOCOLS)} (behind 50 ms of its own load), or both.")
+        str, typer.Option(help=f"On a GPU: {', '.join(PROTOCOLS)} (behind 0.4 s of its own load), or both.")
     ] = "both",
     seconds: Annotated[float, typer.Option(help="Time to spend on one candidate in one cell.")] = 2.0,
     rounds: Annotated[int, typer.Option(help="Rounds of one cell at least, of each of the clocks.")] = 5,
