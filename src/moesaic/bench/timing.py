@@ -151,7 +151,7 @@ def burst(gpu: Gpu, unit: Unit, turn: int) -> float:
 
 
 def sustained(gpu: Gpu, unit: Unit, turn: int) -> float:
-    """Seconds a call in `SUSTAINED` seconds of calls right behind `SETTLE` seconds of them, in which the clocks settle."""
+    """Seconds a call in `SUSTAINED` seconds of calls right behind `SETTLE` seconds, in which the clocks settle."""
     times = max(1, math.ceil(SUSTAINED / unit.seconds))
     _repeat(unit, turn, max(1, math.ceil(SETTLE / unit.seconds)))  # nobody waits: the device must not idle
     return gpu.seconds(lambda: _repeat(unit, turn, times)) / (times * unit.calls)

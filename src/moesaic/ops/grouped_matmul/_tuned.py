@@ -3,8 +3,8 @@
 In a burst, or from 512 rows an expert on in the mean of a burst and settled clocks.
 
 `(experts, width, depth)` of the weights -> rows an expert, to the nearest power of two -> tile, with "sorted" before it
-where gathered rows are copied into their order first. NVIDIA H200, 2026-11-23; every tile had passed the oracle. Made by
-`python benchmarks/tiles.py --write` of
+where gathered rows are copied into their order first. NVIDIA H200, 2026-11-23; every tile had passed the oracle.
+Made by `python benchmarks/tiles.py --write` of
 
 benchmarks/results/h200/2026-11-23-tiles-cases.json
 """
