@@ -160,31 +160,50 @@ def record(*rows) -> dict:
 
 
 def test_an_entry_is_what_leads_the_models_choice(tables):
-    """At 4096 tokens of sonic-7b, with 256 rows an expert."""
-    model = choice.fastest(tables.product_of(CASES["sonic-7b"], 4096, "down"))
+    """At 2048 tokens of olmoe, with 256 rows an expert."""
+    model = choice.fastest(tables.product_of(CASES["olmoe"], 2048, "down"))
     other = "low" if model != "low" else "large"
-    for lead, entries in ((100.0, {}), (98.5, {}), (97.0, {(128, 1536, 256): {256: other}})):
-        assert tables.entries([record(("sonic-7b", 4096, "down", {model: 100.0, other: lead}))], "down") == entries
-    failed = record(("sonic-7b", 4096, "down", {model: 100.0, other: 50.0}))
+    for lead, entries in ((100.0, {}), (98.5, {}), (97.0, {(64, 2048, 1024): {256: other}})):
+        assert tables.entries([record(("olmoe", 2048, "down", {model: 100.0, other: lead}))], "down") == entries
+    failed = record(("olmoe", 2048, "down", {model: 100.0, other: 50.0}))
     failed["rows"][0]["down"] = dict(failed={model: "wrong"})
     assert tables.entries([failed], "down") == {}
-    later = record(("sonic-7b", 4096, "down", {model: 50.0, other: 60.0}))
-    first = record(("sonic-7b", 4096, "down", {model: 100.0, other: 60.0}))
+    later = record(("olmoe", 2048, "down", {model: 50.0, other: 60.0}))
+    first = record(("olmoe", 2048, "down", {model: 100.0, other: 60.0}))
     assert tables.entries([first, later], "down") == {} != tables.entries([later, first], "down")
 
 
 def test_layers_that_share_a_product_share_an_entry(tables, monkeypatch):
-    twin = CASES["sonic-7b"].__class__(**{**vars(CASES["sonic-7b"]), "name": "twin"})
+    twin = CASES["olmoe"].__class__(**{**vars(CASES["olmoe"]), "name": "twin"})
     monkeypatch.setitem(CASES, "twin", twin)
-    model = choice.fastest(tables.product_of(twin, 4096, "up"))
+    model = choice.fastest(tables.product_of(twin, 2048, "up"))
     assert model != "low"
-    rows = [("sonic-7b", 4096, "up", {model: 100.0, "low": 90.0, "large": 80.0})]
-    assert tables.entries([record(*rows)], "up") == {(128, 512, 1536): {256: "large"}}
-    rows.append(("twin", 4096, "up", {model: 100.0, "low": 95.0}))
-    assert tables.entries([record(*rows)], "up") == {(128, 512, 1536): {256: "low"}}, "what both were timed with"
-    rows[1] = ("twin", 4096, "up", {model: 100.0, "low": 120.0})
+    rows = [("olmoe", 2048, "up", {model: 100.0, "low": 90.0, "large": 80.0})]
+    assert tables.entries([record(*rows)], "up") == {(64, 2048, 2048): {256: "large"}}
+    rows.append(("twin", 2048, "up", {model: 100.0, "low": 95.0}))
+    assert tables.entries([record(*rows)], "up") == {(64, 2048, 2048): {256: "low"}}, "what both were timed with"
+    rows[1] = ("twin", 2048, "up", {model: 100.0, "low": 120.0})
     assert tables.entries([record(*rows)], "up") == {}, "the sum decides"
-    assert tables.layers((128, 512, 1536), "up") == "sonic-7b, twin"
+    assert tables.layers((64, 2048, 2048), "up") == "olmoe, twin"
+
+
+def test_an_entry_does_not_pad(tables):
+    """Of 128 experts with 256 rows each: tiles of 128 rows would compute a quarter too much, and 4% with a tail."""
+    rows = ("sonic-7b", 4096, "up", {"sorted wide": 90.0, "tall": 100.0, "large": 50.0})
+    assert tables.entries([record(rows)], "up") == {(128, 512, 1536): {256: "sorted wide"}}
+    rows = ("sonic-7b", 4096, "up", {"low": 50.0, "large": 100.0})
+    assert tables.entries([record(rows)], "up") == {(128, 512, 1536): {256: "low"}}, "where no tile has a tail"
+
+
+def test_octaves_that_nobody_measured(tables):
+    """Many rows an expert: by the next measured octave above, or the last. Few: by the model."""
+    down = dict.fromkeys(choice.TILES, 200.0)
+    rows = [
+        ("mixtral-8x7b", T, "down", {**down, way: 100.0}) for T, way in ((256, "low"), (2048, "tall8"), (8192, "low"))
+    ]
+    ways = tables.entries([record(*rows)], "down")[8, 4096, 14336]
+    assert ways == {64: "low", 512: "tall8", 1024: "low", 2048: "low", 4096: "low", 8192: "low"}
+    assert tables.entries([record(rows[0])], "down")[8, 4096, 14336] == {64: "low"}
 
 
 def test_the_module_is_written_as_formatted(tables, tmp_path):
@@ -195,7 +214,7 @@ def test_the_module_is_written_as_formatted(tables, tmp_path):
     text = tables.render([tmp_path / "record.json"])
     scope: dict = {}
     exec(compile(text, "_tuned.py", "exec"), scope)
-    assert scope["UP"] == {(8, 28672, 4096): {2**i: "sorted low" for i in range(1, 13)}} and scope["DOWN"] == {}
+    assert scope["UP"] == {(8, 28672, 4096): {2**i: "sorted low" for i in range(1, 14)}} and scope["DOWN"] == {}
     written = tmp_path / "_tuned.py"
     written.write_text(text)
     if importlib.util.find_spec("ruff"):

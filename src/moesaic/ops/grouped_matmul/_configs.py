@@ -122,7 +122,7 @@ H200: dict[Config, tuple[Cost | None, Cost | None]] = {
     TILES["plain16"]: (Cost(4.4, 5.65, 0.0), Cost(4.3, 5.4, 0.3)),
     TILES["plain32"]: (Cost(4.35, 3.0, 1.5, blocks=2), Cost(4.25, 3.125, 1.5, blocks=2)),
     TILES["low"]: (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.22, 1.5)),
-    TILES["large"]: (Cost(4.05, 1.06, 2.0), Cost(3.95, 1.08, 0.0)),
+    TILES["large"]: (Cost(4.05, 1.09, 2.0), Cost(3.95, 1.08, 0.0)),
     TILES["tall"]: (Cost(4.2, 1.1, 1.0, odd=60), Cost(4.4, 1.04, 1.0, odd=60)),
     TILES["wide"]: (None, Cost(3.95, 1.04, 0.5, odd=20)),
 }
