@@ -115,7 +115,7 @@ TILES = {
 }
 _LARGE, TALL, WIDE = TILES["large"], TILES["tall"], TILES["wide"]
 # (gathered, contiguous), fitted to 185 products of seven models with 16 to 16384 tokens (H200, 2026-11-23), so that
-# choosing by them loses least: 0.3% over the best of these tiles in the mean, 3.3% at the most.
+# choosing by them loses least: 0.3% over the best of these tiles in the mean. Of all models' products: docs/kernels.md.
 PEAK_TFLOPS, PROCESSORS = 790.0, 132
 COPY_RATE = 3.6  # TB/s of rows copied into their order
 H200: dict[Config, tuple[Cost | None, Cost | None]] = {
