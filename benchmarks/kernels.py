@@ -24,9 +24,8 @@ from moesaic.bench.layer import Layer
 from moesaic.bench.timing import interleave
 from moesaic.cases import CASES
 from moesaic.ops.grouped_matmul import _triton as products
-from moesaic.ops.grouped_matmul._configs import H200, TALL, WIDE
+from moesaic.ops.grouped_matmul._configs import TALL, TILES, WIDE
 from moesaic.ops.permute._triton import permute, spread, unpermute
-from moesaic.problem import Problem
 from moesaic.testing import assert_close
 
 LARGE = products.Config(128, 256, 64, 8, 4, kernel="persistent")
@@ -44,10 +43,7 @@ class Parts:
         self.x, self.r = batch.x, Routing.from_topk(batch.weights, batch.ids, case.num_experts)
         self.H, self.I, self.K = case.hidden_size, case.intermediate_size, case.top_k
         R = tokens * self.K
-        self.problem = Problem(
-            "fused_experts", "cuda", "sm_90", torch.bfloat16, tokens, self.K, case.num_experts, self.H, self.I,
-            case.activation, case.layout == "interleaved", case.transposed, case.bias,
-        )  # fmt: skip
+        self.problem = case.problem(tokens, torch.bfloat16, "cuda", "sm_90")
         self.tiles = products.TileTable(self.r.expert_offsets, R)
         self.sorted = permute(self.x, self.r.row_order, self.r.expert_offsets, self.K)
         self.a = self.up(PLAIN)
@@ -90,7 +86,7 @@ class Parts:
         source = torch.empty((R + self.x.shape[0]) * self.H // 2, dtype=torch.bfloat16, device="cuda")
         target = torch.empty_like(source)
         out["copy of the combine's bytes"] = lambda: target.copy_(source)
-        for config in (PLAIN, *(c for c in H200 if c.group_m == 16)):
+        for config in (PLAIN, *(c for c in TILES.values() if c.group_m == 16)):
             if R > 256 * E and config.block_m <= 32:
                 continue  # tens of milliseconds
             name = f"{config.kernel} {config.block_m}x{config.block_n}"
@@ -125,7 +121,7 @@ class Parts:
         if self.layer.b_gate_up is not None:
             h += self.layer.b_gate_up[expert].double()
         assert_close(self.a[live], apply(self.act, h, self.case.layout == "interleaved"), self.H)
-        for config in H200:
+        for config in TILES.values():
             assert torch.equal(self.up(config, config is not WIDE), self.a), config
             assert torch.equal(self.down(config), self.y), config
         assert torch.equal(self.up(LARGE, False), self.a) and torch.equal(self.up(TALL, False), self.a)

@@ -27,10 +27,7 @@ Job = tuple[str, int, str, str]  # shape, tokens, role, way
 
 
 def problem_of(case: Case, tokens: int) -> Problem:
-    return Problem(
-        "fused_experts", "cuda", "sm_90", torch.bfloat16, tokens, case.top_k, case.num_experts, case.hidden_size,
-        case.intermediate_size, case.activation, case.layout == "interleaved", case.transposed, case.bias,
-    )  # fmt: skip
+    return case.problem(tokens, torch.bfloat16, "cuda", "sm_90")
 
 
 def planned(case: Case, tokens: int, role: str, way: str) -> products.Gemm:

@@ -6,9 +6,12 @@ Shapes are the published checkpoints' (see each model's config.json). To add a m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .problem import Problem
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Case:
         return replace(
             self, name=f"{self.name}-small", hidden_size=hidden_size, intermediate_size=intermediate_size,
             num_experts=min(num_experts, self.num_experts), top_k=min(self.top_k, num_experts),
+        )  # fmt: skip
+
+    def problem(self, tokens: int, dtype: torch.dtype, device: str, arch: str, **options: Any) -> Problem:
+        """The call of `fused_experts` that this layer makes; `options` are other fields of a problem."""
+        return Problem(
+            "fused_experts", device, arch, dtype, tokens, self.top_k, self.num_experts, self.hidden_size,
+            self.intermediate_size, self.activation, self.layout == "interleaved", self.transposed, self.bias,
+            **options,
         )  # fmt: skip
 
     def flops(self, tokens: int) -> int:

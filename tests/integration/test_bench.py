@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import io
 import itertools
 import json
@@ -158,7 +157,8 @@ def test_padding_rounds_every_expert_up_to_the_tile(monkeypatch, tile, loads, ex
     monkeypatch.setattr(experts.products, "choose", config)
     problem = Problem("fused_experts", "cuda", "sm_90", torch.bfloat16, 64, 2, 4, 96, 80, "swiglu")
     assert experts.padding(problem, list(loads)) == pytest.approx(extra / max(sum(loads), 1))
-    assert asked == [("sm_90", torch.bfloat16, False, False, 128, 4, 160, 96, 80, 64)]  # what the up product runs
+    product = experts.products.Product(128, 4, 160, 96, 80, 64, False)
+    assert asked == [("sm_90", torch.bfloat16, False, product)]  # what the up product runs
 
 
 def test_padding_of_a_row_is_that_of_its_implementation(monkeypatch):
@@ -409,11 +409,8 @@ def test_columns_without_a_value_are_left_out():
 
 # ---------------------------------------------------------------- README's tables
 @pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tables(benchmark_script):
+    return benchmark_script("tables")
 
 
 def test_the_records_that_are_here_make_a_table(tables):

@@ -26,7 +26,7 @@ from moesaic.cases import CASES
 from moesaic.launch import Launch, pow2
 from moesaic.ops.experts import _triton as experts
 from moesaic.ops.grouped_matmul import _triton as products
-from moesaic.ops.grouped_matmul._configs import H200, TALL, WIDE, Product, gemm_config
+from moesaic.ops.grouped_matmul._configs import TALL, TILES, WIDE, Product, gemm_config
 from moesaic.ops.grouped_matmul._tiles import tiles_launch
 from moesaic.ops.permute import _triton as permute
 from moesaic.ops.route import RouterConfig
@@ -328,7 +328,7 @@ def jobs(arch: str):
     yield "dgrad of down", True, gemm(arch, qwen, 256, up=True, dgrad=True)
     if arch == "sm_90":
         scout = CASES["llama4-scout"]
-        for c in (c for c in H200 if c.kernel == "persistent"):
+        for c in (c for c in TILES.values() if c.kernel == "persistent"):
             name = f"persistent {c.block_m}x{c.block_n}"
             for case in (qwen, gpt, nemotron, scout):
                 yield f"{name} up, {case.name}", True, persistent(c, case, up=True)

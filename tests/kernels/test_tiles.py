@@ -144,10 +144,10 @@ def test_tiles_grow_with_the_rows(gathered):
 ])  # fmt: skip
 def test_batch_invariant_tiles(arch, dtype, depth, tuned):
     """One configuration for every batch, except where all of them give the same bits."""
-    product = (8, 512, depth, 512)
-    chosen = {products.choose(arch, dtype, True, True, R, *product, 0) for R in (1, 64, 300, 1000, 100000)}
+    sizes = (8, 512, depth, 512, 0, True)
+    chosen = {products.choose(arch, dtype, True, products.Product(R, *sizes)) for R in (1, 64, 300, 1000, 100000)}
     assert (len(chosen) > 1) == tuned
-    assert len({products.choose(arch, dtype, False, True, R, *product, 0) for R in (1, 100000)}) == 2
+    assert len({products.choose(arch, dtype, False, products.Product(R, *sizes)) for R in (1, 100000)}) == 2
 
 
 def test_batch_invariance_is_refused_where_unknown(device):

@@ -29,11 +29,8 @@ ENTRIES = [
 
 
 @pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("tile_table", ROOT / "benchmarks" / "tile_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tables(benchmark_script):
+    return benchmark_script("tile_table")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +48,7 @@ def product(weights, rows: float, *, gathered: bool, swaps: bool = True) -> choi
 
 
 def layer(case, tokens: int, **options) -> Problem:
-    return Problem(
-        "fused_experts", "cuda", "sm_90", options.pop("dtype", torch.bfloat16), tokens, case.top_k, case.num_experts,
-        case.hidden_size, case.intermediate_size, case.activation, case.layout == "interleaved", case.transposed,
-        case.bias, **options,
-    )  # fmt: skip
+    return case.problem(tokens, options.pop("dtype", torch.bfloat16), "cuda", "sm_90", **options)
 
 
 # ---------------------------------------------------------------- the table that is here
@@ -76,7 +69,7 @@ def test_every_entry_is_a_way_that_its_layers_have(role, weights, rows, way, tab
         up, down = experts.default_config(problem)
         assert (up if role == "up" else down) == tile
         assert role == "down" or experts._sorts(problem) == sorts
-        assert choice.H200[tile][role == "down" or sorts] is not None
+        assert choice.H200[way.removeprefix(choice.SORTED)][role == "down" or sorts] is not None
 
 
 # ---------------------------------------------------------------- how entries are obeyed
@@ -103,7 +96,7 @@ def tile(p: choice.Product, arch: str = "sm_90", dtype: torch.dtype = torch.bflo
 def test_up_entries(table, rows, way):
     """One entry says both: are rows sorted, and the tile of what follows, gathered or in order."""
     gathered, in_order = product(table, rows, gathered=True), product(table, rows, gathered=False)
-    assert choice.sorts_first("sm_90", gathered) == way.startswith("sorted ")
+    assert choice.sorts_first("sm_90", torch.bfloat16, gathered) == way.startswith("sorted ")
     assert tile(in_order if way.startswith("sorted ") else gathered) == choice.TILES[way.removeprefix("sorted ")]
 
 
@@ -124,14 +117,14 @@ def test_entries_that_a_product_cannot_follow(table, rows):
         p = product(table, rows, gathered=gathered, swaps=False)
         assert choice.tuned(p) is None and tile(p).kernel != "swapped"
     gathered = product(table, rows, gathered=True, swaps=False)
-    assert choice.sorts_first("sm_90", gathered) == choice.fastest(gathered).startswith("sorted ")
+    assert choice.sorts_first("sm_90", torch.bfloat16, gathered) == choice.fastest(gathered).startswith("sorted ")
 
 
 def test_entries_are_sm_90s_in_half_precision(table):
     p = product(table, 512, gathered=False)
     for arch, dtype in (("sm_90", torch.float32), ("sm_80", torch.bfloat16), ("gfx942", torch.float16)):
         assert tile(p, arch, dtype) != choice.TILES["plain16"]
-    assert not choice.sorts_first("sm_80", product(table, 64, gathered=True))
+    assert not choice.sorts_first("sm_80", torch.bfloat16, product(table, 64, gathered=True))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -105,11 +105,8 @@ def moesaic(implementation: str = "") -> Peer:
 
 def problem_of(layer: Layer, tokens: int) -> Problem:
     """The call of ours that this layer makes."""
-    c = layer.case
-    return Problem(
-        "fused_experts", layer.device.type, arch_of(layer.device), layer.dtype, tokens, c.top_k, c.num_experts,
-        c.hidden_size, c.intermediate_size, c.activation, layer.interleaved, c.transposed, c.bias, layer.train,
-    )  # fmt: skip
+    device = layer.device
+    return layer.case.problem(tokens, layer.dtype, device.type, arch_of(device), training=layer.train)
 
 
 def explanation(layer: Layer, tokens: int):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...activations import Activation, resolve
 from ...errors import check_choice, check_same, check_shape
 from ...hardware import arch_of
-from ...op import Op, autocast, define, differentiable, eager, forced
+from ...op import Op, autocast, define, differentiable, forced, run
 from ...problem import Problem
 from ...routing import Routing
 
@@ -111,11 +111,11 @@ def fused_experts(
     save = graph and any(t is not None and t.requires_grad for t in tensors)
     # the residual's gradient is the incoming one: it wants the operator, but nothing saved
     recorded = save or (graph and residual is not None and residual.requires_grad)
-    call = _forward if not recorded and eager((*tensors, residual)) else torch.ops.moesaic.fused_experts
-    y, _ = call(
+    arguments = (
         *tensors, routing.row_order, routing.row_index, routing.expert_offsets, residual, act.name, act.alpha,
         act.limit, layout == "interleaved", transposed, allow_tf32, batch_invariant, save, forced(implementation),
     )  # fmt: skip
+    y, _ = torch.ops.moesaic.fused_experts(*arguments) if recorded else run("fused_experts", *arguments)
     return y
 
 

@@ -24,30 +24,27 @@ def why_not(problem) -> str | None:
 
 def default_config(problem) -> tuple[products.Config, products.Config]:
     """The configurations of the up and the down product."""
-    H, I = problem.hidden_size, problem.intermediate_size
-    return _up_config(problem), _config(problem, products.swaps(problem, K=I, gathered=False), H, I, H, 0)
+    H, I, R, E = problem.hidden_size, problem.intermediate_size, problem.num_slots, problem.num_experts
+    down = products.Product(R, E, H, I, H, 0, products.swaps(problem, K=I, gathered=False))
+    return _up_config(problem), products.choose(problem.arch, problem.dtype, problem.batch_invariant, down)
 
 
 def _up_config(problem) -> products.Config:
-    H, I, act = problem.hidden_size, problem.intermediate_size, ACTIVATIONS[problem.activation]
     sorts = _sorts(problem)
-    swap = products.swaps(problem, K=H, gathered=not sorts, gated=act.gated, keeps=problem.training)
-    return _config(problem, swap, act.width(I), H, I, 0 if sorts else problem.num_tokens)
-
-
-def _config(problem, swap: bool, *sizes: int) -> products.Config:
-    R, E = problem.num_slots, problem.num_experts
-    return products.choose(problem.arch, problem.dtype, problem.batch_invariant, swap, R, E, *sizes)
+    product = _up(problem, 0 if sorts else problem.num_tokens, gathered=not sorts)
+    return products.choose(problem.arch, problem.dtype, problem.batch_invariant, product)
 
 
 def _sorts(problem) -> bool:
-    """Are rows copied into their order before the up product?"""
+    """Are rows copied into their order before the up product? Then what can make it need not gather."""
+    return products.sorts_first(problem.arch, problem.dtype, _up(problem, problem.num_tokens, gathered=False))
+
+
+def _up(problem, sources: int, gathered: bool) -> products.Product:
+    """The up product of rows from `sources` tokens, 0 for rows in order; does what can make it gather them?"""
     H, I, act = problem.hidden_size, problem.intermediate_size, ACTIVATIONS[problem.activation]
-    swap = products.swaps(problem, K=H, gathered=False, gated=act.gated, keeps=problem.training)
-    return products.sorts(
-        problem.arch, problem.dtype, swap, problem.num_slots, problem.num_experts, act.width(I), H, I,
-        problem.num_tokens,
-    )  # fmt: skip
+    swap = products.swaps(problem, K=H, gathered=gathered, gated=act.gated, keeps=problem.training)
+    return products.Product(problem.num_slots, problem.num_experts, act.width(I), H, I, sources, swap)
 
 
 def configs(problem):

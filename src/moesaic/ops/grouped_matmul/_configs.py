@@ -118,15 +118,15 @@ _LARGE, TALL, WIDE = TILES["large"], TILES["tall"], TILES["wide"]
 # choosing by them loses least: 0.3% over the best of these tiles in the mean. Of all models' products: docs/kernels.md.
 PEAK_TFLOPS, PROCESSORS = 790.0, 132
 COPY_RATE = 3.6  # TB/s of rows copied into their order
-H200: dict[Config, tuple[Cost | None, Cost | None]] = {
-    TILES["plain16"]: (Cost(4.4, 5.65, 0.0), Cost(4.3, 5.4, 0.3)),
-    TILES["plain32"]: (Cost(4.35, 3.0, 1.5, blocks=2), Cost(4.25, 3.125, 1.5, blocks=2)),
-    TILES["low"]: (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.22, 1.5)),
-    TILES["large"]: (Cost(4.05, 1.09, 2.0), Cost(3.95, 1.08, 0.0)),
-    TILES["tall"]: (Cost(4.2, 1.1, 1.0, odd=60), Cost(4.4, 1.04, 1.0, odd=60)),
-    TILES["wide"]: (None, Cost(3.95, 1.04, 0.5, odd=20)),
+H200: dict[str, tuple[Cost | None, Cost | None]] = {
+    "plain16": (Cost(4.4, 5.65, 0.0), Cost(4.3, 5.4, 0.3)),
+    "plain32": (Cost(4.35, 3.0, 1.5, blocks=2), Cost(4.25, 3.125, 1.5, blocks=2)),
+    "low": (Cost(4.2, 1.44, 2.5), Cost(4.1, 1.22, 1.5)),
+    "large": (Cost(4.05, 1.09, 2.0), Cost(3.95, 1.08, 0.0)),
+    "tall": (Cost(4.2, 1.1, 1.0, odd=60), Cost(4.4, 1.04, 1.0, odd=60)),
+    "wide": (None, Cost(3.95, 1.04, 0.5, odd=20)),
 }
-H200 |= {TILES["tall8"]: H200[TALL], TILES["wide4"]: H200[WIDE]}
+H200 |= {"tall8": H200["tall"], "wide4": H200["wide"]}
 SORTED = "sorted "  # before a tile's name: gathered rows are copied into their order first
 
 
@@ -172,7 +172,7 @@ def estimates(product: Product) -> dict[str, float]:
         in_order, prefix = replace(product, sources=0), SORTED
         copy = 2 * (product.rows + product.sources) * product.depth / COPY_RATE / 1e6
     for name, config in TILES.items():
-        gathered, contiguous = H200[config]
+        gathered, contiguous = H200[name]
         if config.kernel == "swapped" and not product.swaps:
             continue
         if product.gathered and gathered is not None:
@@ -233,14 +233,21 @@ def gemm_config(arch: str, dtype: torch.dtype, product: Product) -> Config:
     return Config(128, 128, 32 if arch in SMALL_MEMORY else 64, 8, 3)
 
 
-def sorts_first(arch: str, product: Product) -> bool:
+def sorts_first(arch: str, dtype: torch.dtype, product: Product) -> bool:
     """Is it worth copying gathered rows into their order, so that the product may load them as tiles?
 
     Mostly for wide weights, as Mixtral's.
     """
-    if arch != "sm_90" or not product.gathered:
+    if arch != "sm_90" or dtype == torch.float32 or not product.gathered:
         return False
     return (tuned(product) or fastest(product)).startswith(SORTED)
+
+
+def choose(arch: str, dtype: torch.dtype, batch_invariant: bool, product: Product) -> Config:
+    """`gemm_config`, where a batch's size must not matter for the bits."""
+    if batch_invariant and not same_bits(arch, dtype, product.depth):
+        product = replace(product, rows=64 * product.num_experts, sources=0)
+    return gemm_config(arch, dtype, product)
 
 
 def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
@@ -254,7 +261,7 @@ def wgrad_config(arch: str, dtype: torch.dtype) -> tuple[int, int, int, int, int
 
 def configs() -> Iterator[Config]:
     """What tuning may try."""
-    yield from H200
+    yield from TILES.values()
     for m, n, k, warps, stages in (
         (16, 64, 128, 4, 4), (16, 128, 64, 4, 4), (16, 32, 256, 4, 4), (32, 128, 64, 4, 4), (64, 128, 64, 4, 4),
         (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),

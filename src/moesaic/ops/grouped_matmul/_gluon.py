@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 
-from ...hardware import gl, gluon, tl
-from ...launch import Launch, TensorMap, ceil_div
+from ...hardware import gl, gluon
+from ...launch import Launch, TensorMap, ceil_div, follow
 from ._gluon_partitions import BLOCK_K, STAGES, TAIL, consume, mbarrier, produce, produce_gathered
 from ._tiles import HEAD, Form, Tiles, epilogue, row_tiles
 from ._triton_tma import row_map
@@ -50,9 +50,7 @@ def _swapped_gemm_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(empty.index(s), count=2)
         mbarrier.init(full.index(s), count=1 + 128 if TOP_K > 0 else 1)
-    if OVERLAP:  # as `launch.follow`
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(OVERLAP)
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     GATHERED: gl.constexpr = TOP_K > 0
     EPILOGUE: gl.constexpr = (ACTIVATION, GATED, INTERLEAVED, ALPHA, LIMIT, HAS_BIAS, GATED and TRANSPOSED)

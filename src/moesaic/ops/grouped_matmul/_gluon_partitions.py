@@ -9,6 +9,7 @@ contraction, TRANSPOSED, GATHERED) and (ACTIVATION, GATED, INTERLEAVED, ALPHA, L
 from __future__ import annotations
 
 from ...hardware import gl, gluon
+from ._tiles import decode
 
 hopper = gl.nvidia.hopper
 tma, mbarrier, async_copy = hopper.tma, hopper.mbarrier, hopper.async_copy
@@ -18,13 +19,6 @@ TAIL, BOX = gl.constexpr(32), gl.constexpr(32)  # tokens at the most, of a load
 BLOCK_K, STAGES = gl.constexpr(64), gl.constexpr(4)
 END = gl.constexpr(-1)  # no entry of the tile table
 EDGE = gl.constexpr(1 << 30)  # see `_put`
-
-
-@gluon.jit
-def _decode(entry):
-    """An entry of the tile table, as `_tiles.decode` reads it."""
-    rest = (entry >> 32).to(gl.int32)
-    return (entry & 0xFFFFFFFF).to(gl.int32), rest & 0xFFF, (rest >> 12) & 0x1FF, (rest >> 21) & 0x7FF
 
 
 @gluon.jit
@@ -122,7 +116,7 @@ def produce(x_desc, w_desc, tiles_ptr, used_ptr, ring, cue, K: gl.constexpr, ROW
     while t < used:
         _publish(entry, cue, turn, layout)
         turn += 1
-        tile = _decode(entry)
+        tile = decode(entry)
         taken_tiles = gl.atomic_add(used_ptr + 1, 1)
         for k in range(0, HALFWAY, BLOCK_K):
             stage, phase = _load(stage, phase, ring, x_desc, w_desc, tile, k, ROWS, TRANSPOSED, GATED)
@@ -136,7 +130,7 @@ def produce(x_desc, w_desc, tiles_ptr, used_ptr, ring, cue, K: gl.constexpr, ROW
 @gluon.jit
 def _sources(gather_ptr, entry, offs_m, offs_t, TOP_K: gl.constexpr):
     """Rows of x that a tile reads in its main part and its tail, 0 behind the last."""
-    row, _, height, _ = _decode(entry)
+    row, _, height, _ = decode(entry)
     main = gl.load(gather_ptr + row + offs_m, mask=offs_m < height, other=0)
     tail = gl.load(gather_ptr + row + offs_t, mask=offs_t < height, other=0)
     return main // TOP_K, tail // TOP_K
@@ -181,7 +175,7 @@ def produce_gathered(x_ptr, stride_x, gather_ptr, w_desc, tiles_ptr, used_ptr, r
     while t < used:
         _publish(entry, cue, turn, line)
         turn += 1
-        _, expert, height, tile_n = _decode(entry)
+        _, expert, height, tile_n = decode(entry)
         tile = (expert, height, tile_n)
         sources = (
             x_ptr + main.to(gl.int64)[:, None] * stride_x + offs_k[None, :],
@@ -397,7 +391,7 @@ def consume(ring, outputs, buffers, cue, SHAPE: gl.constexpr, N: gl.constexpr, E
     turn = 0 * gl.program_id(0)
     entry = _next_tile(cue, turn)
     while entry != END:
-        row, expert, height, tile_n = _decode(entry)
+        row, expert, height, tile_n = decode(entry)
         tile = (row, height, expert, (2 * tile_n + SHAPE[0]) * COLUMNS)
         stage, phase = _tile(stage, phase, ring, outputs, buffers, tile, SHAPE, N, EPILOGUE, 0)
         turn += 1

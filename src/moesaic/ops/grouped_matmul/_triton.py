@@ -19,11 +19,13 @@ from ... import hardware
 from ...hardware import tl, triton
 from ...launch import Launch, ceil_div, follow, pow2, unit_rows
 from . import _triton_tma
-from ._configs import Config, Product, configs, gemm_config, same_bits, sorts_first, wgrad_config
+from ._configs import Config, Product, choose, configs, sorts_first, wgrad_config
 from ._tiles import Form, Tiles, TileTable, epilogue
 
 # what `experts` composes
-__all__ = ["Config", "Gemm", "TileTable", "aligned", "choose", "configs", "gemm", "plan", "sorts", "wgrad"]
+__all__ = [
+    "Config", "Gemm", "Product", "TileTable", "aligned", "choose", "configs", "gemm", "plan", "sorts_first", "wgrad",
+]  # fmt: skip
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -255,25 +257,6 @@ def swaps(problem, *, K: int, gathered: bool, gated: bool = False, keeps: bool =
     return problem.arch == "sm_90" and not refused and hardware.has_gluon()
 
 
-@functools.lru_cache(maxsize=4096)
-def choose(
-    arch: str, dtype: torch.dtype, batch_invariant: bool, swaps: bool, rows: int, E: int, width: int, K: int, N: int,
-    sources: int,
-) -> Config:  # fmt: skip
-    """The configuration of a product, as `Product` describes it."""
-    if batch_invariant and not same_bits(arch, dtype, K):
-        rows, sources = 64 * E, 0
-    return gemm_config(arch, dtype, Product(rows, E, width, K, N, sources, swaps))
-
-
-@functools.lru_cache(maxsize=4096)
-def sorts(
-    arch: str, dtype: torch.dtype, swaps: bool, rows: int, E: int, width: int, K: int, N: int, sources: int
-) -> bool:
-    """Should rows be copied into their order before this product? See `sorts_first`."""
-    return dtype != torch.float32 and sorts_first(arch, Product(rows, E, width, K, N, sources, swaps))
-
-
 class Gemm(NamedTuple):
     """A product with everything fixed but its memory; `tiles` is what it asks of the tile table, if anything."""
 
@@ -314,8 +297,8 @@ def plan(
     form = Form(problem.dtype, problem.num_experts, N, K, transposed, strides, top_k, activation, problem.interleaved,
                 bias, keeps, zeros, problem.allow_tf32)  # fmt: skip
     swap = swaps(problem, K=K, gathered=top_k > 0, gated=form.gated, keeps=keeps, transposed=transposed)
-    c = config or choose(problem.arch, form.dtype, problem.batch_invariant, swap, rows, form.experts, form.width, K, N,
-                         sources if top_k else 0)  # fmt: skip
+    product = Product(rows, form.experts, form.width, K, N, sources if top_k else 0, swap)
+    c = config or choose(problem.arch, form.dtype, problem.batch_invariant, product)
     if c.kernel == "plain" or _triton_tma.why_not(form, aligned) is not None:
         return Gemm((rows, N), *_plain_launch(form, rows, c.plain), None, None, zeros)
     processors = hardware.sm_count(device) if device >= 0 else 4
@@ -394,8 +377,8 @@ def bias_grad(
 
 def default_config(problem) -> Config:
     R, E, N, K = problem.num_slots, problem.num_experts, problem.intermediate_size, problem.hidden_size
-    swap = swaps(problem, K=K, gathered=False)
-    return choose(problem.arch, problem.dtype, problem.batch_invariant, swap, R, E, N, K, N, 0)
+    product = Product(R, E, N, K, N, 0, swaps(problem, K=K, gathered=False))
+    return choose(problem.arch, problem.dtype, problem.batch_invariant, product)
 
 
 def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
