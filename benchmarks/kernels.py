@@ -28,7 +28,7 @@ from moesaic.ops.grouped_matmul._configs import TALL, TILES, WIDE
 from moesaic.ops.permute._triton import permute, spread, unpermute
 from moesaic.testing import assert_close
 
-LARGE = products.Config(128, 256, 64, 8, 4, kernel="persistent")
+LARGE = TILES["large"]
 PLAIN = products.Config(128, 256, 64, 8, 3)
 SUSTAINED = ("128x256", "256x128", "sorted before", "bmm", "layer")
 

@@ -19,14 +19,10 @@ from . import hardware
 from .hardware import tl, triton
 
 _INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
-
-
 OVERLAP = True  # may a launch begin while the one before it ends, where a GPU can
 
 
-@functools.cache
-def _can_overlap(device: int) -> bool:
-    arch = hardware.arch_of(torch.device("cuda", device))
+def can_overlap(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
@@ -166,7 +162,7 @@ class Launch:
         if entry is None or not aligned:
             constants, options = self.constants, self.options
             if self.overlaps:
-                overlap = OVERLAP and _can_overlap(device)
+                overlap = OVERLAP and can_overlap(hardware.arch_of(torch.device("cuda", device)))
                 constants, options = (*constants, overlap), options | (dict(launch_pdl=True) if overlap else {})
             compiled = self.kernel[self.grid](*self._for_triton(pointers), *numbers, *constants, **options)
             if aligned:

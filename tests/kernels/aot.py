@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from moesaic import hardware
 from moesaic.activations import ACTIVATIONS
 from moesaic.cases import CASES
-from moesaic.launch import Launch, pow2
+from moesaic.launch import Launch, can_overlap, pow2
 from moesaic.ops.experts import _triton as experts
 from moesaic.ops.grouped_matmul import _triton as products
 from moesaic.ops.grouped_matmul._configs import TALL, TILES, WIDE, Product, gemm_config
@@ -44,7 +44,7 @@ def compile_kernel(kernel, arch: str, types: dict[str, str], constants: dict, nu
     """Compile one kernel; `types` are its run-time arguments (pointers 16-byte aligned), `constants` all others."""
     names = kernel.arg_names
     if "OVERLAP" in names:  # as `Launch` gives it
-        constants = constants | {"OVERLAP": arch.startswith("sm_") and int(arch[3:]) >= 90}
+        constants = constants | {"OVERLAP": can_overlap(arch)}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     constexprs = {(names.index(n),): v for n, v in constants.items()}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
