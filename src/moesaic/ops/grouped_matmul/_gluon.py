@@ -14,7 +14,7 @@ import functools
 from ...hardware import gl, gluon
 from ...launch import Launch, TensorMap, ceil_div, follow
 from ._gluon_partitions import BLOCK_K, STAGES, TAIL, consume, mbarrier, produce, produce_gathered
-from ._tiles import HEAD, Form, Tiles, epilogue, row_tiles
+from ._tiles import Form, Tiles, entries, epilogue, row_tiles
 from ._triton_tma import row_map
 
 
@@ -31,7 +31,7 @@ def _swapped_gemm_kernel(
     Registers: 168 a thread at entry, of which the producer gives most to the consumers. Barriers are set up only if
     they live to the end: the allocator puts data on those that do not.
     """
-    tiles_ptr, used_ptr = (table_ptr + HEAD).to(gl.pointer_type(gl.int64)), table_ptr  # see `_tiles.head`
+    tiles_ptr, used_ptr = entries(table_ptr), table_ptr
     dtype: gl.constexpr = out_desc.dtype
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MAIN, BLOCK_K], dtype)
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES, MAIN, BLOCK_K], rows)

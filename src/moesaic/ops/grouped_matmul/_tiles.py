@@ -72,9 +72,9 @@ def row_tiles(rows: int, experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def head(table_ptr):
-    """`(entries, number of entries, where to count those that are taken)`."""
-    return (table_ptr + HEAD).to(tl.pointer_type(tl.int64)), tl.load(table_ptr), table_ptr + 1
+def entries(table_ptr):
+    """Where they begin; `decode` reads one."""
+    return (table_ptr + HEAD).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _expert_tiles(
     NUM_N: tl.constexpr = TILES[1]
     GROUP_M: tl.constexpr = TILES[2]
     SLACK: tl.constexpr = TILES[3]
-    tiles_ptr = (table_ptr + HEAD).to(tl.pointer_type(tl.int64))
+    tiles_ptr = entries(table_ptr)
     e = tl.arange(0, E_POW2)
     begins = tl.load(offsets_ptr + e, mask=e < E, other=0)
     ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
@@ -176,7 +176,7 @@ def _tables(rows: int, E: int, tiles: tuple[Tiles, ...]) -> tuple[Launch, int, i
 class TileTable:
     """The tiles of R rows of E experts, for each size of tiles asked for; made on the device where first needed.
 
-    `of(*tiles)` gives a table (see `head` and `decode`): its entries are experts in order, and none of them is taken
+    `of(*tiles)` gives a table (see `entries`): its entries are experts in order, and none of them is taken
     between launches. Up to two tables that are named at once cost one launch.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...hardware import tl, triton
 from ...launch import Launch, TensorMap, ceil_div, follow, pow2
-from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, Form, Tiles, decode, epilogue, head, row_tiles
+from ._tiles import MAX_COLUMN_TILES, MAX_EXPERTS, Form, Tiles, decode, entries, epilogue, row_tiles
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _persistent_gemm_kernel(
     JOINED: tl.constexpr = GATED and not INTERLEAVED  # the tile's left half is gate, the right one up
     follow(OVERLAP)
     pid = tl.program_id(0)
-    tiles_ptr, used, _ = head(table_ptr)
+    tiles_ptr, used = entries(table_ptr), tl.load(table_ptr)
     offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     last = pid - PROGRAMS  # counts with t: what the epilogue reads must not hang on what the next tile's loads need
     for t in tl.range(pid, used, PROGRAMS, flatten=True):
