@@ -18,7 +18,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # A layer may import from its own and from earlier ones.
 LAYERS = (
-    ("errors", "hardware"),
+    ("errors", "interpreter", "hardware"),
     ("launch",),
     ("activations", "formats"),
     ("problem",),

@@ -14,11 +14,15 @@ from types import ModuleType
 
 import torch
 
+from . import interpreter
+
 # Below 8.0 Triton has no bf16 dot and no cp.async: the torch path serves such GPUs.
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
 def __getattr__(name: str) -> ModuleType:
+    if name in ("triton", "tl") and interpreting():
+        interpreter.mend()
     if name == "triton":
         return importlib.import_module("triton")
     if name == "tl":
