@@ -174,11 +174,12 @@ class Launch:
             return
         for n, place, tensor_map, made in self._maps:
             address = arguments[place]
-            if address not in made:
+            encoded = made.get(address)  # asked once: another thread may clear in between
+            if encoded is None:
                 if len(made) >= 1024:  # those of the last calls are kept
                     made.clear()
-                made[address] = encode(n, tensor_map.descriptor(pointers[place]))
-            arguments[place : place + 1] = made[address]
+                encoded = made[address] = encode(n, tensor_map.descriptor(pointers[place]))
+            arguments[place : place + 1] = encoded
         stream = torch._C._cuda_getCurrentRawStream(device)
         call(*self.grid, stream, *middle, *arguments, *numbers, *constants)
 

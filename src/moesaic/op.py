@@ -11,18 +11,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from . import hardware
 from .errors import Unsupported
 from .problem import Problem
 
 OPS: dict[str, Op] = {}
-_forced = ""  # the implementation that `use` forces; passed into each operator so that its backward agrees
+# `.forced` is the implementation that `use` forces in this thread; passed into each operator so that its backward
+# agrees. Plain, since a tracer reads it.
+_thread = threading.local()
 
 _library = torch.library.Library("moesaic", "DEF")
 _calls: dict[str, Callable] = {}
@@ -32,19 +36,80 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), str, bool, int, float, l
 def define(schema: str, call: Callable, fake: Callable) -> None:
     """Register the private operator `moesaic::<schema>`: one kernel for every device, and its shapes for tracing.
 
-    The low-level `Library` is used because a call through `torch.library.custom_op` costs about twice as much.
+    The call runs outside autocast, whose lists would otherwise reach the products inside it; what autocast asks of an
+    operator's inputs, `autocast` has done before. The low-level `Library` is used because a call through
+    `torch.library.custom_op` costs about twice as much.
     """
     name = schema.split("(", 1)[0]
-    _calls[name] = call
+    call = _calls[name] = _outside_autocast(call)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, call, "CPU")
     _library.impl(name, call, "CUDA")
     torch.library.register_fake(f"moesaic::{name}", fake, lib=_library)
 
 
-def differentiable(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Give `moesaic::<name>` its autograd formula (whose backward is a second operator)."""
-    torch.library.register_autograd(f"moesaic::{name}", backward, setup_context=setup_context, lib=_library)
+def _outside_autocast(call: Callable) -> Callable:
+    @functools.wraps(call)
+    def plain(*arguments):
+        device = next(a for a in arguments if isinstance(a, torch.Tensor)).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return call(*arguments)
+        with torch.autocast(device, enabled=False):
+            return call(*arguments)
+
+    return plain
+
+
+def watch(who: str, *tensors: torch.Tensor | None) -> None:
+    """Refuse by name the transforms that an operator has no rule for: forward-mode tangents and `torch.func`'s.
+
+    Raises:
+        Unsupported: a tensor carries a tangent, or the call stands inside `torch.func.grad`, `vmap` or their like.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if _transformed():
+        raise Unsupported(
+            f"{who}: must not be called inside a torch.func transform (grad, vmap, jvp, ...), got one; use "
+            "torch.autograd.grad or .backward()."
+        )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise Unsupported(
+            f"{who}: forward-mode derivatives are not there, got an input with a tangent; use reverse mode "
+            "(torch.autograd.grad)."
+        )
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def differentiable(name: str, backward: Callable, setup_context: Callable, twice: bool = False) -> None:
+    """Give `moesaic::<name>` its autograd formula (whose backward is a second operator).
+
+    Unless the formula can itself be differentiated `twice`, what it returns raises by name when somebody tries.
+    """
+
+    def once(ctx, *grads):
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # nobody asked for a graph
+            return out
+        message = (
+            f"{name}: its gradient must not be differentiated again, got a backward through it; drop create_graph=True "
+            "there, or compute this part with torch's own operations."
+        )
+        places = [i for i, g in enumerate(out) if g is not None]
+        refused = torch._C._functions.DelayedError(message.encode(), len(places))(  # pyright: ignore
+            *(out[i].detach().requires_grad_() for i in places)
+        )
+        marked = dict(zip(places, refused if isinstance(refused, tuple) else (refused,), strict=True))
+        return tuple(marked.get(i) for i in range(len(out)))
+
+    formula = backward if twice else once
+    torch.library.register_autograd(f"moesaic::{name}", formula, setup_context=setup_context, lib=_library)
 
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple:
@@ -63,7 +128,7 @@ def eager(arguments: tuple) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if _transformed():
         return False
     return _PLAIN.issuperset(map(type, arguments))
 
@@ -78,20 +143,22 @@ def run(name: str, *arguments):
 def use(implementation: str) -> Iterator[None]:
     """Force one implementation (`"reference"`, `"torch"`, `"triton"`) for every operator called inside the block.
 
+    It holds for the thread that enters the block; a new thread starts unforced. A backward runs what its forward ran.
+
     Raises:
         Unsupported: at the call, when that implementation cannot run it.
     """
-    global _forced
-    before, _forced = _forced, implementation
+    before = forced(None)
+    _thread.forced = implementation
     try:
         yield
     finally:
-        _forced = before
+        _thread.forced = before
 
 
 def forced(implementation: str | None) -> str:
     """What the caller asked for: the argument, else the enclosing `use` block, else the empty string (choose)."""
-    return implementation or _forced
+    return implementation or getattr(_thread, "forced", "")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...activations import Activation, resolve
 from ...errors import check_choice, check_same, check_shape
 from ...hardware import arch_of
-from ...op import Op, autocast, define, differentiable, forced, run
+from ...op import Op, autocast, define, differentiable, forced, run, watch
 from ...problem import Problem
 from ...routing import Routing
 
@@ -107,6 +107,7 @@ def fused_experts(
             batch_invariant=batch_invariant, implementation=implementation,
         )  # fmt: skip
         return _weigh_inputs(layer, x, weights, routing, residual)
+    watch(who, x, w_gate_up, w_down, weights, b_gate_up, b_down, residual)
     tensors, graph = (x, w_gate_up, w_down, weights, b_gate_up, b_down), torch.is_grad_enabled()
     save = graph and any(t is not None and t.requires_grad for t in tensors)
     # the residual's gradient is the incoming one: it wants the operator, but nothing saved

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import check_same, check_shape
 from ...hardware import arch_of
-from ...op import Op, autocast, define, differentiable, forced
+from ...op import Op, autocast, define, differentiable, forced, watch
 from ...problem import Problem
 from ...routing import Routing
 
@@ -63,6 +63,7 @@ def grouped_matmul(
     check_same(who, "device", "rows", rows.device, w=w.device, routing=routing.expert_offsets.device)
     if bias is not None:
         check_shape(who, "bias", bias, (E, N))
+    watch(who, rows, w, bias)
     return torch.ops.moesaic.grouped_matmul(
         rows, w, routing.expert_offsets, bias, transposed, allow_tf32, batch_invariant, forced(implementation)
     )

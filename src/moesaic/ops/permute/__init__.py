@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import check_shape
 from ...hardware import arch_of
-from ...op import Op, define, differentiable, forced
+from ...op import Op, define, differentiable, forced, watch
 from ...problem import Problem
 from ...routing import Routing
 
@@ -37,6 +37,7 @@ def permute(x: Tensor, routing: Routing, *, implementation: str | None = None) -
     synchronisation. Megatron's permute, CANN's npu_moe_token_permute.
     """
     _check("permute", "x", x, routing, (routing.num_tokens, "H"))
+    watch("permute", x)
     return torch.ops.moesaic.permute(
         x, routing.row_order, routing.row_index, routing.expert_offsets, routing.top_k, forced(implementation)
     )
@@ -75,6 +76,7 @@ def unpermute(
             raise ValueError(f"{who}: weights must be on {rows.device}, got {weights.device}; move them.")
         if not weights.is_floating_point():
             raise ValueError(f"{who}: weights must be floating point, got {weights.dtype}; convert them with .float().")
+    watch(who, rows, weights if isinstance(weights, Tensor) else None)
     return torch.ops.moesaic.unpermute(
         rows, weights if isinstance(weights, Tensor) else None, routing.row_order, routing.row_index,
         routing.expert_offsets, routing.top_k, forced(implementation),
@@ -152,9 +154,23 @@ def _unpermute_autograd(ctx, grad):
         tables = ctx.saved_tensors
         return torch.ops.moesaic.permute(grad, *tables, ctx.top_k, ctx.implementation), *([None] * 6)
     rows, weights, *tables = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody will differentiate this
+        return *_composed_backward(grad, rows, weights, tables, ctx.top_k, ctx.implementation), *([None] * 5)
     drows, dweights = torch.ops.moesaic.unpermute_backward(grad, rows, weights, *tables, ctx.top_k, ctx.implementation)
     return drows, dweights, *([None] * 5)
 
 
-differentiable("permute", _permute_backward, _permute_setup)
-differentiable("unpermute", _unpermute_autograd, _unpermute_setup)
+def _composed_backward(grad, rows, weights, tables, top_k: int, implementation: str):
+    """`unpermute_backward` of operations that have derivatives."""
+    row_order, row_index, expert_offsets = tables
+    live = (torch.arange(row_order.shape[0], device=row_order.device) < expert_offsets[-1]) & (row_order >= 0)
+    spread = torch.ops.moesaic.permute(grad, *tables, top_k, implementation)
+    scale = weights.reshape(-1)[row_order.clamp_min(0).long()].masked_fill(~live, 0)
+    drows = (spread * scale[:, None]).to(rows.dtype)
+    dots = (spread.to(weights.dtype) * rows.to(weights.dtype)).sum(-1).masked_fill(~live, 0)
+    dweights = dots[row_index.clamp_min(0).long()].masked_fill(row_index < 0, 0)
+    return drows, dweights.view(weights.shape)
+
+
+differentiable("permute", _permute_backward, _permute_setup, twice=True)
+differentiable("unpermute", _unpermute_autograd, _unpermute_setup, twice=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import check_shape
 from ...hardware import arch_of
-from ...op import Op, define, differentiable, forced, run
+from ...op import Op, define, differentiable, forced, run, watch
 from ...problem import Problem
 from ...routing import Routing
 from . import _torch, capacity, policies
@@ -225,6 +225,7 @@ def _extra_weights(weights: Tensor, raw: Tensor, first: int, config: RouterConfi
 
 # ---------------------------------------------------------------- checks
 def _check(who, logits, config, bias, expert_scale, ids, token_mask, expert_mask, noise_logits, training, sequences):
+    watch(who, logits, expert_scale, noise_logits)
     if logits.dim() != 2:
         raise ValueError(f"{who}: router_logits must have shape (T, E), got {tuple(logits.shape)}; flatten the tokens.")
     if not logits.is_floating_point():
@@ -399,12 +400,15 @@ def _backward(ctx, *grads):
         squares = logits.new_zeros((S,), dtype=grad.dtype) if squares is None else squares.contiguous()
     else:
         sums, squares = grad.new_empty(0), grad.new_empty(0)
-    dx = torch.ops.moesaic.route_backward(
-        grad.contiguous(), sums, squares, logits, ids, *ctx.core, bool(came), ctx.implementation
-    )
+    if torch.is_grad_enabled():  # somebody will differentiate this: torch's own operations can be
+        dx = _torch.route_backward(grad, sums, squares, logits, ids, RouterConfig.of_core(*ctx.core), bool(came))
+    else:
+        dx = torch.ops.moesaic.route_backward(
+            grad.contiguous(), sums, squares, logits, ids, *ctx.core, bool(came), ctx.implementation
+        )
     return (dx, *([None] * (len(CORE) + 6)))
 
 
-differentiable("route", _backward, _setup)
+differentiable("route", _backward, _setup, twice=True)
 
 from .gate import gate, router_logits  # noqa: E402 - it builds on `route`

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import check_same, check_shape
-from ...op import define, differentiable, eager, forced
+from ...op import define, differentiable, eager, forced, watch
 from ...routing import Routing
 from . import _select, _weight_dtype, route
 from .config import RouterConfig
@@ -39,6 +39,7 @@ def router_logits(
     Source: the fp32 router of GShard and Switch; the bf16-in, fp32-out product of vLLM's gate.
     """
     _check("router_logits", x, weight, "bias", bias)
+    watch("router_logits", x, weight, bias)
     logits = torch.ops.moesaic.router_logits(x, weight, forced(implementation))
     return logits if bias is None else logits + bias.to(logits.dtype)
 
@@ -111,11 +112,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _logits(x: Tensor, weight: Tensor, implementation: str) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # which would compute in half precision what is meant to be wide
-        return _product_of(x, weight, implementation)
-
-
-def _product_of(x: Tensor, weight: Tensor, implementation: str) -> Tensor:
     if implementation == "reference":
         return (x.double() @ weight.double().mT).to(_weight_dtype(x))
     if _half(x, weight):
