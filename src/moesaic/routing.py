@@ -68,6 +68,11 @@ class Routing:
     padded: int | None = None
     undropped_ids: Tensor | None = None
 
+    def devices(self) -> dict[str, torch.device]:
+        """Where the index tables are, by name: every operator wants them all where its operands are."""
+        tables = ("expert_offsets", "row_order", "row_index")
+        return {f"routing.{name}": getattr(self, name).device for name in tables}
+
     @property
     def chosen_ids(self) -> Tensor:
         """`(T, K)` int32: the router's own choice, before any drop; what `route(ids=...)` replays exactly."""
@@ -141,6 +146,10 @@ class Routing:
             raise ValueError(f"{who}: topk_ids must have shape (T, K), got {tuple(topk_ids.shape)}; reshape it.")
         if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
             raise ValueError(f"{who}: topk_ids must be integers, got {topk_ids.dtype}; convert it with .int().")
+        if topk_ids.numel() >= 2**31:
+            raise ValueError(
+                f"{who}: topk_ids must hold fewer than 2^31 slots, got {tuple(topk_ids.shape)}; split the tokens."
+            )
         if num_experts < 1:
             raise ValueError(f"{who}: num_experts must be at least 1, got {num_experts}.")
         if topk_weights is not None:

@@ -97,7 +97,7 @@ def fused_experts(
             "to_capacity was called on."
         )
     x, w_gate_up, w_down, b_gate_up, b_down, residual = autocast(x, w_gate_up, w_down, b_gate_up, b_down, residual)
-    _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act, transposed)
+    _check(who, x, w_gate_up, w_down, weights, b_gate_up, b_down, residual, routing, act, transposed)
     if weights_on == "input":
         if weights is None:
             raise ValueError(f"{who}: weights_on='input' needs weights, got reduce='sum'; leave one of them out.")
@@ -150,7 +150,7 @@ def _weigh_inputs(layer, x: Tensor, weights: Tensor, routing: Routing, residual:
     return (y if residual is None else residual + y).to(x.dtype)
 
 
-def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act, transposed) -> None:
+def _check(who, x, w_gate_up, w_down, weights, b_gate_up, b_down, residual, routing, act, transposed) -> None:
     """Say what is wrong with the shapes, dtypes or devices, if anything is. First a look that costs little."""
     E, T = routing.num_experts, routing.num_tokens
     shape, down = x.shape, w_down.shape
@@ -171,6 +171,8 @@ def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act,
             )
             and w_gate_up.dtype == w_down.dtype == dtype
             and w_gate_up.device == w_down.device == routing.row_order.device == device
+            and routing.row_index.device == routing.expert_offsets.device == device
+            and (weights is None or weights.device == device)
             and dtype.is_floating_point
         ):
             return
@@ -196,7 +198,9 @@ def _check(who, x, w_gate_up, w_down, b_gate_up, b_down, residual, routing, act,
     if residual is not None:
         check_shape(who, "residual", residual, (T, H), "one row for each token")
     devices = {name: t.device for name, t in others.items()}
-    check_same(who, "device", "x", x.device, **devices, routing=routing.row_order.device)
+    if weights is not None:
+        devices["weights"] = weights.device
+    check_same(who, "device", "x", x.device, **devices, **routing.devices())
     check_same(who, "dtype", "x", x.dtype, **{name: t.dtype for name, t in others.items()})
 
 

@@ -60,8 +60,9 @@ def grouped_matmul(
     check_shape(who, "w", w, (routing.num_experts, "K" if transposed else "N", "N" if transposed else "K"))
     check_shape(who, "rows", rows, (routing.row_order.shape[0], K), hint)
     check_same(who, "dtype", "rows", rows.dtype, w=w.dtype, **({} if bias is None else {"bias": bias.dtype}))
-    check_same(who, "device", "rows", rows.device, w=w.device, routing=routing.expert_offsets.device)
+    check_same(who, "device", "rows", rows.device, w=w.device, **routing.devices())
     if bias is not None:
+        check_same(who, "device", "rows", rows.device, bias=bias.device)
         check_shape(who, "bias", bias, (E, N))
     watch(who, rows, w, bias)
     return torch.ops.moesaic.grouped_matmul(

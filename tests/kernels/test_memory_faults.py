@@ -1,0 +1,81 @@
+"""Kernels read their operands and nothing beside them, at offsets of any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moesaic import Routing, fused_experts, grouped_matmul, hardware
+from moesaic.problem import Problem
+from moesaic.testing import assert_close
+
+
+@pytest.fixture(autouse=True)
+def kernels(device):
+    if reason := hardware.triton_why_not(device, hardware.arch_of(torch.device(device))):
+        pytest.skip(reason)
+
+
+def guarded(t: torch.Tensor, device: str) -> torch.Tensor:
+    """The same values between NaN, so that what is read beside them shows."""
+    rows = t.shape[0]
+    whole = torch.full((rows + 2, *t.shape[1:]), float("nan"), dtype=t.dtype)
+    whole[1:-1] = t
+    return whole.to(device)[1:-1]
+
+
+@pytest.mark.parametrize("tokens", [1, 40], ids=["by row", "by expert"])
+def test_dropped_rows_meet_no_matrix(tokens, device):
+    """They lie behind the last expert's, whose matrix may end the allocation: what is not asked for is not written."""
+    from moesaic.ops.grouped_matmul import _triton as products
+
+    E, K, N, width = 3, 2, 24, 32
+    ids = torch.randint(0, E, (tokens, K), generator=torch.Generator().manual_seed(0))
+    ids[:, 1] = -1
+    routing = Routing.from_topk(None, ids.to(device), E)
+    w = guarded(torch.randn(E, N, width), device)
+    rows = torch.randn(tokens * K, width).to(device)
+    problem = Problem("grouped_matmul", device, hardware.arch_of(torch.device(device)), rows.dtype, tokens * K, 1, E,
+                      width, N)  # fmt: skip
+    poison = torch.full((tokens * K, N), 7.0, device=device)
+    config = products.Config(16, 32, 32, 4, 2)
+    plan = products.plan(problem, config, tokens * K, tokens * K, N, width, False, (width, *w.stride()), True, -1)
+    plan.launch((rows, None, w, None, poison, None, routing.expert_offsets), plan.numbers)
+    live = int(routing.expert_offsets[-1])
+    want = grouped_matmul(rows.double(), w.double(), routing, implementation="reference")
+    assert_close(poison[:live], want[:live], width)
+    assert bool((poison[live:] == 7).all())
+
+
+def test_a_layer_between_guards(device):
+    E, K, T, H, I = 4, 2, 9, 32, 24
+    g = torch.Generator().manual_seed(0)
+    ids = torch.rand(T, E, generator=g).topk(K, -1).indices
+    ids[2:, 1] = -1
+    shapes = ((T, H), (E, 2 * I, H), (E, H, I))
+    plain = [torch.randn(s, generator=g) for s in shapes]
+    weights = torch.rand(T, K, generator=g)
+    outcomes = []
+    for implementation, tensors in (
+        ("triton", [guarded(t, device) for t in plain]),
+        ("reference", [t.to(device).double() for t in plain]),
+    ):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        routing = Routing.from_topk(weights.to(device), ids.to(device), E)
+        y = fused_experts(*leaves, routing, implementation=implementation)
+        outcomes.append([y, *torch.autograd.grad(y.sum(), leaves)])
+    for name, out, want in zip(("y", "dx", "dw_gate_up", "dw_down"), *outcomes, strict=True):
+        assert_close(out, want, H * K * T, name=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 4 GiB of a GPU")
+def test_columns_more_than_32_bits_apart():
+    """Weights stored `(N, E, K)`: an expert's columns are E·K elements apart."""
+    N, E, K = 4100, 64, 8192
+    g = torch.Generator("cuda").manual_seed(0)
+    w = torch.randn(N, E, K, generator=g, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+    routing = Routing.from_topk(None, torch.arange(E, device="cuda").repeat(3)[:, None], E)
+    rows = torch.randn(3 * E, K, generator=g, device="cuda", dtype=torch.bfloat16)
+    out = grouped_matmul(rows, w, routing, implementation="triton")
+    want = torch.stack([rows[r].float() @ w[r // 3].float().T for r in range(3 * E)])
+    assert_close(out, want, K)
