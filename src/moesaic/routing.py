@@ -161,5 +161,19 @@ class Routing:
                 )
             if topk_weights.dtype not in (torch.float32, torch.float64):
                 topk_weights = topk_weights.float()
+        topk_ids = signed_ids(topk_ids)
         ids, counts, offsets, order, index = run("expert_index", topk_ids, num_experts, implementation or "")
         return cls(topk_weights, ids, counts, offsets, order, index)
+
+
+def signed_ids(ids: Any) -> Any:
+    """Ids of any integer dtype in one that holds them and the number of experts too; None stays None.
+
+    Unsigned ones have few operations, and one of 8 or 16 bits compares wrongly with more experts than it can hold.
+    """
+    if ids is None or ids.dtype in (torch.int32, torch.int64):
+        return ids
+    if ids.dtype == torch.uint64:  # what 63 bits do not hold is no expert, and must not become -1
+        ids = ids.view(torch.int64)
+        return ids.masked_fill(ids < 0, 2**62)
+    return ids.to(torch.int64 if ids.dtype == torch.uint32 else torch.int32)

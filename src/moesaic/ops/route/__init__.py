@@ -15,7 +15,7 @@ from ...errors import check_shape
 from ...hardware import arch_of
 from ...op import Op, define, differentiable, forced, run, watch
 from ...problem import Problem
-from ...routing import Routing
+from ...routing import Routing, signed_ids
 from . import _torch, capacity, policies
 from .config import CORE, RouterConfig
 from .losses import (
@@ -76,8 +76,8 @@ def route(
         expert_scale: `(E,)` or `(1,)`, multiplied into each choice's weight, `(1,)` into shared experts' too;
             differentiable (Gemma 4, Inkling).
         ids: `(T, K)` integers, the choice made elsewhere: recorded earlier (`routing.chosen_ids`), hashed from the
-            tokens (`table[input_ids]`), or forced. Weights and gradients come from the logits; -1 leaves a slot out,
-            and so does a mask over its token or expert.
+            tokens (`table[input_ids]`, where an expert may stand twice), or forced. Weights and gradients come from the
+            logits; -1 leaves a slot out, and so does a mask over its token or expert.
         token_mask: `(T,)` bool; False routes the token nowhere (padding, finished sequences).
         expert_mask: `(E,)` or `(T, E)` bool; False takes the expert out as if its logit were -inf.
         noise_logits: `(T, E)`, noisy top-k's second linear map; differentiable where noise enters the weights.
@@ -86,7 +86,7 @@ def route(
             from torch's generator, whose state checkpointing restores, and which alone `torch.compile` can trace.
         sequences: S, the T tokens are that many sequences of equal length; for the statistics of sequence-wise losses.
         statistics: keep what the losses read, sums over tokens; by default where the logits need a gradient.
-        checked: look at the values too, which waits for a GPU: NaN logits, repeated or too few experts.
+        checked: look at the values too, which waits for a GPU: NaN logits.
         implementation: force one of `route.implementations`; by default the first that can run.
 
     Returns:
@@ -109,12 +109,12 @@ def route(
     _check(who, router_logits, config, bias, expert_scale, ids, token_mask, expert_mask, noise_logits, training,
            sequences)  # fmt: skip
     if checked or router_logits.device.type == "cpu":
-        _check_values(who, router_logits, config, ids, expert_mask, checked)
+        _check_values(who, router_logits, config, signed_ids(ids), expert_mask, checked)
     E = config.num_experts(router_logits.shape[1])
     x, shared = router_logits, None
     if config.shared_logits:
         x, shared = x[:, : -config.shared_logits], x[:, -config.shared_logits :]
-    x = _masked(x, token_mask, expert_mask)
+    x, ids = _masked(x, token_mask, expert_mask), signed_ids(ids)
     bias = None if bias is None else bias.detach()
     if statistics is None:
         statistics = torch.is_grad_enabled() and router_logits.requires_grad
@@ -294,15 +294,6 @@ def _check_values(who: str, logits: Tensor, config: RouterConfig, ids, expert_ma
             f"{who}: ids must lie in [-1, {candidates}), got {int(ids[t, k])} at token {t}, choice {k}; use -1 for a "
             "slot to leave out."
         )
-    if ids is not None and ids.shape[1] > 1:
-        row = ids.sort(-1).values
-        twice = (row[:, 1:] == row[:, :-1]) & (row[:, 1:] >= 0)
-        if bool(twice.any()):
-            t = int(twice.any(-1).nonzero()[0])
-            raise ValueError(
-                f"{who}: ids must name an expert at most once for each token, got {ids[t].tolist()} at token {t}; use "
-                "-1 for a slot to leave out."
-            )
 
 
 # ---------------------------------------------------------------- private operators

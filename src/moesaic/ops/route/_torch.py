@@ -182,14 +182,15 @@ def expert_index(topk_ids: Tensor, num_experts: int):
 
 def _cpu_tables(topk_ids: Tensor, num_experts: int):
     """The tables through numpy, whose small operations cost a quarter of torch's: decode feels it."""
-    ids = topk_ids.numpy().astype(np.int32, copy=True, order="C")
-    flat = ids.reshape(-1)
-    if flat.size and (flat.min() < -1 or flat.max() >= num_experts):
+    ids = topk_ids.numpy()
+    if ids.size and (ids.min() < -1 or ids.max() >= num_experts):  # before 64 bits become 32
         t, k = np.argwhere((ids < -1) | (ids >= num_experts))[0].tolist()
         raise ValueError(
             f"Routing.from_topk: topk_ids must lie in [-1, {num_experts}), got {ids[t, k]} at token {t}, choice {k}; "
             "use -1 to drop a slot."
         )
+    ids = ids.astype(np.int32, copy=True, order="C")
+    flat = ids.reshape(-1)
     key = flat % (num_experts + 1)  # -1 becomes E: dropped slots sort last
     order = key.astype(np.int16).argsort(kind="stable") if num_experts < 2**15 else key.argsort(kind="stable")
     counts = np.bincount(key, minlength=num_experts + 1)[:num_experts]

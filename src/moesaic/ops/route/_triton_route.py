@@ -97,7 +97,9 @@ def route_range(
 
         # weigh the chosen logits
         if CHOICE_IS_Z:
-            value = tl.where(keys == NAN_KEY, float("nan"), value_of(keys))
+            doubt = keys == NAN_KEY  # NaN, or the lowest finite number: the logit itself tells
+            value = tl.load(logits_ptr + token.to(tl.int64)[:, None] * stride_t + at, mask=live & doubt, other=0.0)
+            value = tl.where(doubt, transform_logits(value.to(tl.float32), MULTIPLIER, CAP), value_of(keys))
         else:  # once more, from a cache near by
             value = tl.load(logits_ptr + token.to(tl.int64)[:, None] * stride_t + at, mask=live, other=NEG_INF)
             value = transform_logits(value.to(tl.float32), MULTIPLIER, CAP)
