@@ -90,6 +90,8 @@ def _check(who: str, name: str, x: Tensor, routing: Routing, want: tuple) -> Non
     check_shape(
         who, name, x, want, "one row for each token of the routing" if who == "permute" else "one row for each slot"
     )
+    if x.device != routing.row_order.device:
+        raise ValueError(f"{who}: {name} must be on {routing.row_order.device}, got {x.device}; move it.")
     check_same(who, "device", name, x.device, **routing.devices())
     if not x.is_floating_point():
         raise ValueError(f"{who}: {name} must be floating point, got {x.dtype}; convert it.")
