@@ -114,8 +114,7 @@ def _grouped_gemm_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + src.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
     w_base = w_ptr + expert.to(tl.int64) * stride_we
-    # 64 bits for columns too: an expert's matrix may be strewn over more than 2^31 elements
-    w_ptrs = w_base + offs_k.to(tl.int64)[:, None] * stride_wk + offs_n.to(tl.int64)[None, :] * stride_wn
+    w_ptrs = w_base + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
 
     # main loop
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -132,7 +131,7 @@ def _grouped_gemm_kernel(
             w = tl.load(w_ptrs, mask=(offs_k[:, None] < K - k) & mask_n[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
-        w_ptrs += tl.full((), BLOCK_K, tl.int64) * stride_wk
+        w_ptrs += BLOCK_K * stride_wk
 
     # epilogue
     if HAS_BIAS:
@@ -196,8 +195,7 @@ def _grouped_wgrad_kernel(
         acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
 
     # store
-    out_ptrs = out_ptr + expert.to(tl.int64) * stride_oe
-    out_ptrs += offs_n.to(tl.int64)[:, None] * stride_on + offs_k.to(tl.int64)[None, :] * stride_ok
+    out_ptrs = out_ptr + expert.to(tl.int64) * stride_oe + offs_n[:, None] * stride_on + offs_k[None, :] * stride_ok
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
 
 
