@@ -45,7 +45,7 @@ def locate_tile(
 
     With few rows (`BY_ROW`) slot s belongs to row s, and holds a tile if that row starts one. Otherwise expert e owns
     the slots from `offsets[e] // BLOCK_M + e` on: never too few, since floor(b/m) - floor(a/m) + 1 >= ceil((b-a)/m),
-    and monotone, so the expert is a count. Expert E stands for the rows behind the last expert's.
+    and monotone, so the expert is a count. Expert E stands for the rows behind the last expert's; they end at R.
     """
     e = tl.arange(0, E_POW2)
     ends = tl.load(offsets_ptr + e + 1, mask=e < E, other=2147483647)
@@ -85,7 +85,9 @@ def _grouped_gemm_kernel(
     in_group = tl.minimum(num_slots - group * GROUP_M, GROUP_M)
     slot = group * GROUP_M + (pid % (GROUP_M * num_n)) % in_group
     tile_n = (pid % (GROUP_M * num_n)) // in_group
-    expert, row, end = locate_tile(offsets_ptr, slot, R, E, E_POW2, BLOCK_M, BY_ROW)
+    # rows behind the last expert's are nobody's, and no matrix is there for them: they end before they begin
+    behind = R if ZERO_TAIL else 0
+    expert, row, end = locate_tile(offsets_ptr, slot, behind, E, E_POW2, BLOCK_M, BY_ROW)
     if row >= end:
         return
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -93,12 +95,12 @@ def _grouped_gemm_kernel(
     offs_out = tile_n * OUT_N + tl.arange(0, OUT_N)
     mask_out = offs_out < N
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_out[None, :]
-    if expert == E:  # rows of nobody: there is no matrix behind the last expert's
-        if ZERO_TAIL:
+    if ZERO_TAIL:
+        if expert == E:
             tl.store(
                 out_ptrs, tl.zeros((BLOCK_M, OUT_N), out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_out[None, :]
             )
-        return
+            return
 
     # pointers: rows outside are read from the nearest inside and never stored, so their loads need no mask
     src = tl.minimum(offs_m, end - 1)
