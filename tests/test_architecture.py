@@ -78,7 +78,7 @@ def test_operators_stay_apart(path):
         if parts[:2] != ["moesaic", "ops"] or len(parts) < 4:
             continue
         if parts[2] != op:
-            assert op == "experts", f"{path} imports its sibling {name}; only experts composes"
+            assert op == "fused_experts", f"{path} imports its sibling {name}; only fused_experts composes"
             assert parts[3] == path.stem or path.stem == "__init__", f"{path} imports another backend: {name}"
         elif path.stem.startswith("_") and path.stem != "__init__":
             kinds = {"_reference", "_torch", "_triton"} - {path.stem}

@@ -5,7 +5,7 @@ from . import testing as testing
 from .activations import ACTIVATIONS, Activation
 from .errors import MissingExtra, Unsupported
 from .op import explain, use
-from .ops.experts import fused_experts
+from .ops.fused_experts import fused_experts
 from .ops.grouped_matmul import grouped_matmul
 from .ops.permute import permute, unpermute
 from .ops.route import (

@@ -147,7 +147,7 @@ def test_nothing_is_launched_or_run_to_count_on_a_cpu():
 )
 def test_padding_rounds_every_expert_up_to_the_tile(monkeypatch, tile, loads, extra):
     pytest.importorskip("triton")
-    experts = importlib.import_module("moesaic.ops.experts._triton")
+    experts = importlib.import_module("moesaic.ops.fused_experts._triton")
     asked = []
 
     def config(*arguments):

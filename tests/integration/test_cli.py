@@ -18,7 +18,7 @@ from moesaic.bench.layer import Layer, case_named
 from moesaic.cases import CASES
 from moesaic.cli import checks, controls
 from moesaic.diagnose import expert_load, heatmap, load_statistics
-from moesaic.ops.experts import fused_experts
+from moesaic.ops.fused_experts import fused_experts
 from moesaic.routing import Routing
 from moesaic.testing import assert_close
 
@@ -159,7 +159,7 @@ def test_verify_passes_and_reports_the_distribution():
 
 
 PLANTED = """
-import moesaic.ops.experts._torch as backend
+import moesaic.ops.fused_experts._torch as backend
 right = backend.fused_experts
 def wrong(x, *rest):
     y, hidden = right(x, *rest)

@@ -24,7 +24,7 @@ from moesaic import hardware
 from moesaic.activations import ACTIVATIONS
 from moesaic.cases import CASES
 from moesaic.launch import Launch, can_overlap, pow2
-from moesaic.ops.experts import _triton as experts
+from moesaic.ops.fused_experts import _triton as experts
 from moesaic.ops.grouped_matmul import _triton as products
 from moesaic.ops.grouped_matmul._configs import TALL, TILES, WIDE, Product, gemm_config
 from moesaic.ops.grouped_matmul._tiles import tiles_launch

@@ -175,7 +175,7 @@ def choice(job: Job, tokens: int, training: bool) -> str:
     arch = "cpu" if job.device == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability())
     problem = job.case.problem(tokens, DTYPES[job.dtype], job.device, arch, training=training)
     try:
-        experts = importlib.import_module("moesaic.ops.experts._triton")
+        experts = importlib.import_module("moesaic.ops.fused_experts._triton")
     except ModuleNotFoundError:
         experts = None
     if not hasattr(experts, "default_config"):

@@ -37,7 +37,7 @@ def tables(benchmark_script):
 def experts():
     if not hardware.has_triton():
         pytest.skip("triton is not installed")
-    from moesaic.ops.experts import _triton
+    from moesaic.ops.fused_experts import _triton
 
     return _triton
 

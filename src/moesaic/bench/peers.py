@@ -25,7 +25,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS, apply
 from ..hardware import MIN_COMPUTE_CAPABILITY, arch_of
 from ..op import OPS, explain
-from ..ops.experts import fused_experts
+from ..ops.fused_experts import fused_experts
 from ..problem import Problem
 from ..routing import Routing
 from . import libraries, limits

@@ -19,7 +19,7 @@ from ..activations import ACTIVATIONS
 from ..cases import CASES, Case
 from ..hardware import arch_of, interpreting
 from ..op import OPS
-from ..ops.experts import fused_experts
+from ..ops.fused_experts import fused_experts
 from ..ops.grouped_matmul import grouped_matmul
 from ..ops.permute import permute, unpermute
 from ..ops.route import RouterConfig, route

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cases import CASES
-from ..ops.experts import fused_experts
+from ..ops.fused_experts import fused_experts
 from ..routing import Routing
 from ..testing import STAGES, Inputs, failure, make_inputs
 from .checks import FP16, FP32, FP64, evaluate

@@ -27,7 +27,7 @@ from ..activations import ACTIVATIONS, Activation, apply, apply_backward
 from ..errors import MissingExtra, Unsupported
 from ..hardware import arch_of
 from ..op import Explanation, explain
-from ..ops.experts import fused_experts
+from ..ops.fused_experts import fused_experts
 from ..ops.grouped_matmul import grouped_matmul
 from ..ops.permute import permute, unpermute
 from ..problem import Problem

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..activations import Activation, resolve
 from ..errors import check_choice
-from ..ops.experts import LAYOUTS
+from ..ops.fused_experts import LAYOUTS
 from ..ops.route import RouterConfig
 from .presets import ROWS
 

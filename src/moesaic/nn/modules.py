@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import resolve
-from ..ops.experts import fused_experts
+from ..ops.fused_experts import fused_experts
 from ..ops.route import (
     gate,
     importance_loss,

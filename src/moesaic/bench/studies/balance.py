@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...diagnose import load_statistics
 from ...nn import BiasBalancer
-from ...ops.experts import fused_experts
+from ...ops.fused_experts import fused_experts
 from ...ops.route import (
     cross_entropy_balance_loss,
     load_balancing_loss,
