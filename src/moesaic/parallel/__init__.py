@@ -1,0 +1,10 @@
+"""moesaic.parallel: experts on many ranks, over `torch.distributed`. Every transport is a `TokenDispatcher`."""
+
+from .all_gather import AllGather
+from .all_to_all import AllToAll
+from .collectives import PeerFailed
+from .dispatcher import Local, TokenDispatcher
+from .hierarchical import Hierarchical
+from .overlap import ChunkedOverlap
+
+__all__ = ["AllGather", "AllToAll", "ChunkedOverlap", "Hierarchical", "Local", "PeerFailed", "TokenDispatcher"]
