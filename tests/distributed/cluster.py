@@ -94,4 +94,19 @@ def run_cases(rank: int, size: int, cases: list[Callable]) -> dict[str, str | No
         except Exception:
             said[case.__name__] = traceback.format_exc()
             break
+    else:
+        dist.barrier()  # rank 0 has the store that the others' last groups are made with
     return said
+
+
+def check(said: tuple, size: int, name: str) -> None:
+    """Raise with every rank's trouble unless all ranks of `launch(run_cases, ...)` passed a case."""
+    errors, values, codes = said
+    trouble = []
+    for rank in range(size):
+        error = errors.get(rank, "said nothing")
+        if error is None:
+            error = values[rank].get(name, "not run: an earlier case failed")
+        if error is not None:
+            trouble.append(f"rank {rank} of {size}, exit {codes[rank]}: {error}")
+    assert not trouble, "\n".join(trouble)

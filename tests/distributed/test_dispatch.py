@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cluster import launch, run_cases
+from cluster import check, launch, run_cases
 from dispatch_cases import CASES
 
 SIZES = (1, 2, 4)
@@ -20,8 +20,4 @@ def said(size: int):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.__name__)
 def test_ranks(case, size):
-    errors, values, codes = said(size)
-    for rank in range(size):
-        assert errors.get(rank, "said nothing") is None, f"rank {rank} of {size} ({codes}): {errors.get(rank)}"
-        outcome = values[rank].get(case.__name__, "not run: an earlier case failed")
-        assert outcome is None, f"rank {rank} of {size}: {outcome}"
+    check(said(size), size, case.__name__)

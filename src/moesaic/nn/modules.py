@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -178,6 +179,7 @@ class Experts(nn.Module):
             bias = torch.empty(E, rows, device=device, dtype=dtype) if config.expert_bias else None
             self.register_parameter(f"{name}_bias", None if bias is None else nn.Parameter(bias))
         self.register_load_state_dict_pre_hook(load_experts)
+        self.localize: Callable[[Tensor], Tensor] | None = None  # set where the experts are spread over ranks
         self.reset_parameters()
 
     @torch.no_grad()
@@ -190,12 +192,18 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
         """`x (T, H) -> (T, H)`: every token through its experts, summed with the routing weights, onto `residual`."""
+        names = (self.first, "down_proj", f"{self.first}_bias", "down_proj_bias")
+        up, down, b_up, b_down = (self._here(getattr(self, name)) for name in names)
         return fused_experts(
-            x, getattr(self, self.first), self.down_proj, routing, activation=self.config.activation,
-            b_gate_up=getattr(self, f"{self.first}_bias"), b_down=self.down_proj_bias, layout=self.config.layout,
+            x, up, down, routing, activation=self.config.activation, b_gate_up=b_up, b_down=b_down,
+            layout=self.config.layout,
             transposed=self.config.transposed, residual=residual,
             weights_on="input" if self.config.weight_on_input else "output",
         )  # fmt: skip
+
+    def _here(self, parameter: Any) -> Any:
+        """The part of a parameter that the operators read."""
+        return parameter if self.localize is None or parameter is None else self.localize(parameter)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -246,6 +254,14 @@ class MoE(nn.Module):
     state dict has Hugging Face's merged layout; `load_state_dict` also reads one tensor an expert, and the names that
     other models have for these modules (see `moesaic.nn.state_dict`).
 
+    Args:
+        config: the layer.
+        device, dtype: of its parameters.
+        parallel: spread the experts over ranks: a `DeviceMesh` with a dimension `ep`, or a `moesaic.parallel.Parallel`.
+            Expert parameters become DTensors, `Shard(0)` on `ep`; tokens travel to them, and the shared experts compute
+            meanwhile. `load_balancing_loss` and `z_loss` are then the whole batch's (their mean over ranks is); a
+            capacity and the other losses are each rank's own.
+
     Attributes:
         losses: auxiliary losses of the last forward by name (`load_balancing_loss`, `sequence_balance_loss`,
             `importance_loss`, `load_loss`, `z_loss`), each already multiplied by its coefficient, so that
@@ -264,7 +280,9 @@ class MoE(nn.Module):
     routing: Routing | None
     constants: Tensor | None
 
-    def __init__(self, config: MoEConfig, device: Any = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self, config: MoEConfig, device: Any = None, dtype: torch.dtype | None = None, *, parallel: Any = None
+    ):
         super().__init__()
         self.config = config
         H, constants = config.hidden_size, config.router.constant_experts
@@ -279,6 +297,11 @@ class MoE(nn.Module):
         self.losses, self.routing = {}, None
         self.register_load_state_dict_pre_hook(load_layer)
         self._reset_own()
+        self.parallel: Any = None
+        if parallel is not None:
+            from ..parallel.layers import attach  # torch.distributed is there only for those who ask
+
+            self.parallel = attach(self, parallel)
 
     @torch.no_grad()
     def _reset_own(self) -> None:
@@ -314,18 +337,27 @@ class MoE(nn.Module):
         routing = self.gate(tokens, **choice)
         self.losses = self._losses(routing)
         self.routing = _detached(routing)
-        shared = None
-        if self.shared_experts is not None:
-            shared = self.shared_experts(tokens, routing.shared_weights)
-            if self.shared_expert_gate is not None:
-                shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
-        return self._routed(tokens, routing, shared).view(x.shape)
+        return self._routed(tokens, routing).view(x.shape)
 
-    def _routed(self, tokens: Tensor, routing: Routing, shared: Tensor | None) -> Tensor:
+    def _shared(self, tokens: Tensor, routing: Routing) -> Tensor | None:
+        """What the shared experts give, weighed."""
+        if self.shared_experts is None:
+            return None
+        shared = self.shared_experts(tokens, routing.shared_weights)
+        if self.shared_expert_gate is not None:
+            shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
+        return shared
+
+    def _routed(self, tokens: Tensor, routing: Routing) -> Tensor:
         """What the chosen experts give, with matrices and without, and the shared ones' part."""
         c = self.config
-        apart = c.routed_scale != 1.0  # a factor of the routed sum alone must not meet the shared part
-        y = self.experts(tokens, routing, None if apart else shared)
+        # a factor of the routed sum alone must not meet the shared part; nor has it come while tokens travel
+        apart = c.routed_scale != 1.0 or self.parallel is not None
+        if self.parallel is None:
+            shared = self._shared(tokens, routing)
+            y = self.experts(tokens, routing, None if apart else shared)
+        else:
+            y, shared = self.parallel(self.experts, tokens, routing, lambda: self._shared(tokens, routing))
         if routing.identity_weight is not None:
             y = y + routing.identity_weight[:, None].to(y.dtype) * tokens
         if routing.constant_weights is not None:
@@ -339,6 +371,8 @@ class MoE(nn.Module):
         if not self.training:
             return {}
         coefficients = {name: getattr(self.config, f"{name}_coef") for name in LOSSES}
+        if self.parallel is not None:
+            return {n: c * self.parallel.loss(n, LOSSES[n], routing) for n, c in coefficients.items() if c}
         return {name: c * LOSSES[name](routing) for name, c in coefficients.items() if c}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,9 +2,23 @@
 
 from .all_gather import AllGather
 from .all_to_all import AllToAll
+from .choice import choose, explain
 from .collectives import PeerFailed
 from .dispatcher import Local, TokenDispatcher
 from .hierarchical import Hierarchical
+from .layers import Parallel, fully_shard
 from .overlap import ChunkedOverlap
 
-__all__ = ["AllGather", "AllToAll", "ChunkedOverlap", "Hierarchical", "Local", "PeerFailed", "TokenDispatcher"]
+__all__ = [
+    "AllGather",
+    "AllToAll",
+    "ChunkedOverlap",
+    "Hierarchical",
+    "Local",
+    "Parallel",
+    "PeerFailed",
+    "TokenDispatcher",
+    "choose",
+    "explain",
+    "fully_shard",
+]
