@@ -1,4 +1,4 @@
-"""`nn.MoE(config, parallel=...)` as functions `(rank, size)`: against one process, under FSDP2, split, saved, loaded."""
+"""`nn.MoE(config, parallel=...)`, functions `(rank, size)`: against one process, under FSDP2, split, saved, loaded."""
 
 from __future__ import annotations
 
