@@ -181,8 +181,17 @@ def choices_have_reasons(rank: int, size: int) -> None:
         assert choice.chosen == chosen, choice
         assert f"{chosen:<13} chosen" in str(choice)
         assert choose(mesh, num_experts=8, verbose=False, **need).name == chosen
+    sizes = dict(max_tokens=4096, hidden_size=64, top_k=2)
+    for need, reason in (
+        (dict(device="cpu") | sizes, "needs GPUs"),
+        (dict(device="cuda"), "max_tokens, hidden_size and top_k"),
+        (dict(device="cuda", dtype=torch.float64) | sizes, "got float64"),
+        (dict(device="cuda", chunks=2) | sizes, "chunks"),
+    ):
+        assert reason in dict(explain(flat, num_experts=8, **need).reasons)["push"], reason
     if size == 4:
         nodes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+        assert "2 nodes" in dict(explain(nodes, num_experts=8, device="cuda", **sizes).reasons)["push"]
         assert isinstance(choose(nodes, num_experts=8, verbose=False), Hierarchical)
         assert isinstance(choose(nodes, num_experts=8, verbose=False, transport="all_to_all"), AllToAll)
     assert isinstance(choose(flat, num_experts=8, chunks=2, verbose=False), ChunkedOverlap)

@@ -8,6 +8,7 @@ from .dispatcher import Local, TokenDispatcher
 from .hierarchical import Hierarchical
 from .layers import Parallel, fully_shard
 from .overlap import ChunkedOverlap
+from .push import Push
 
 __all__ = [
     "AllGather",
@@ -17,6 +18,7 @@ __all__ = [
     "Local",
     "Parallel",
     "PeerFailed",
+    "Push",
     "TokenDispatcher",
     "choose",
     "explain",

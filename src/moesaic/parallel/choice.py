@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .. import hardware
 from ..errors import Unsupported, check_choice
 from .all_gather import AllGather
 from .all_to_all import AllToAll
@@ -20,6 +21,7 @@ from .collectives import group_of
 from .dispatcher import Local, TokenDispatcher
 from .hierarchical import Hierarchical
 from .overlap import ChunkedOverlap
+from .push import DTYPES, Push, one_host
 
 GATHERED_ROWS = 512  # below this many rows of all ranks a collective's latency outweighs its bytes
 
@@ -77,6 +79,28 @@ def _local(need: Need) -> str | None:
     return None if need.size == 1 else f"the {need.size} ranks of the mesh each hold a part of the experts"
 
 
+def _push(need: Need) -> str | None:
+    if need.device != "cuda":
+        return f"it needs GPUs whose memory the ranks of a host can share, got {need.device}"
+    if need.nodes > 1:
+        return f"the mesh has {need.nodes} nodes, and memory is shared inside one"
+    if None in (need.max_tokens, need.hidden_size, need.top_k):
+        return "max_tokens, hidden_size and top_k must be given: they are the size of its memory"
+    if need.dtype not in DTYPES:
+        return f"needs bf16, fp16 or fp32, got {str(need.dtype).removeprefix('torch.')}"
+    if need.chunks > 1:
+        return "one dispatch must be combined before the next: it cannot be cut into chunks"
+    return hardware.triton_why_not("cuda", hardware.arch_of(torch.device("cuda"))) or one_host(need.size)
+
+
+def _make_push(need: Need) -> TokenDispatcher:
+    assert need.max_tokens is not None and need.hidden_size is not None and need.top_k is not None
+    return Push(
+        need.num_experts, need.flat, max_tokens=need.max_tokens, hidden_size=need.hidden_size, top_k=need.top_k,
+        dtype=need.dtype,
+    )  # fmt: skip
+
+
 def _gather(need: Need) -> str | None:
     if need.max_tokens is None:
         return "max_tokens is not given, and every rank would see every token"
@@ -101,6 +125,7 @@ def _any(need: Need) -> str | None:
 # name, why not, and how it is made; the first that can run is chosen
 TRANSPORTS: list[tuple[str, Callable[[Need], str | None], Callable[[Need], TokenDispatcher]]] = [
     ("local", _local, lambda n: Local(n.num_experts)),
+    ("push", _push, _make_push),
     ("all_gather", _gather, lambda n: AllGather(n.num_experts, n.flat, max_tokens=n.max_tokens)),
     ("hierarchical", _hierarchical, lambda n: Hierarchical(n.num_experts, n.mesh)),
     ("all_to_all", _any, lambda n: AllToAll(n.num_experts, n.flat)),
