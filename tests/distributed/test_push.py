@@ -48,3 +48,10 @@ def test_kernels_compile_for_sm_90():
         assert kernel["spills"] == 0 and kernel["wide_stores"] >= 1 and kernel["registers"] <= 96, kernel
         peers = 0 if kernel["name"] == "add_kernel" else kernel["size"] - 1
         assert (kernel["releases"], kernel["acquires"]) == (peers, peers), kernel
+
+
+def test_benchmark_runs():
+    """benchmarks/ep.py checks itself before it times: here on CPU, in small."""
+    made = script("bench_cases.py", "check", interpret=True)
+    assert [line["spread"] for line in made] == ["uniform", "zipf", "hot"]
+    assert all(line["equals_all_to_all"] and line["graph"] == "equal" for line in made)
