@@ -53,5 +53,5 @@ def test_kernels_compile_for_sm_90():
 def test_benchmark_runs():
     """benchmarks/ep.py checks itself before it times: here on CPU, in small."""
     made = script("bench_cases.py", "check", interpret=True)
-    assert [line["spread"] for line in made] == ["uniform", "zipf", "hot"]
+    assert [line["spread"] for line in made] == ["hot"]
     assert all(line["equals_all_to_all"] and line["graph"] == "equal" for line in made)
