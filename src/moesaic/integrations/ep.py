@@ -47,7 +47,8 @@ class ExpertParallelism(EPImplementation):
 
     def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any):
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.dispatcher = type(self).make(self.num_local_experts * ep_mesh.size(), ep_mesh)
+        here: Any = self.num_local_experts
+        self.dispatcher = type(self).make(here * ep_mesh.size(), ep_mesh)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`(T, H)`, `(T, K)` global ids, `(T, K)` weights -> `(T, H)`; an id outside `[0, E)` is skipped."""
@@ -68,13 +69,13 @@ class ExpertParallelism(EPImplementation):
         return y.full_tensor()
 
     def _own(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        E = self.dispatcher.num_experts
+        E, absent = self.dispatcher.num_experts, self.dispatcher.num_local_experts
         ids = ids.masked_fill((ids < 0) | (ids >= E), -1)
 
         def experts(rows: Tensor, local: Routing) -> Tensor:
             assert local.topk_weights is not None
             here, w = local.topk_ids.long(), local.topk_weights.to(weights.dtype)
-            here = here.masked_fill(here < 0, self.num_local_experts)  # how transformers says "not here"
+            here = here.masked_fill(here < 0, absent)  # how transformers says "not here"
             if rows.shape[0]:
                 return self.experts_forward(rows, here, w)
             # a row that nobody sent: not every implementation takes none, and all ranks must take part in backward
