@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class ExpertParallelism(EPImplementation):
             for t in whole
         )
         y = self._own(*mine).contiguous()
-        y = DTensor.from_local(y, self.tp_mesh, [Shard(0)], shape=(tokens, width), stride=(width, 1))
+        y = DTensor.from_local(y, self.tp_mesh, [Shard(0)], shape=torch.Size((tokens, width)), stride=(width, 1))
         return y.full_tensor()
 
     def _own(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
