@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic import Routing, fused_experts
-from moesaic.parallel import AllGather, AllToAll, ChunkedOverlap, Hierarchical, Local, TokenDispatcher
+from moesaic.parallel import (
+    AllGather,
+    AllToAll,
+    ChunkedOverlap,
+    Hierarchical,
+    Local,
+    Placement,
+    TokenDispatcher,
+    move,
+    place,
+)
 
 H, I, E, K = 6, 5, 8, 3
 UNEVEN = ([5, 0, 9, 2], [0, 0, 0, 0], [0, 3, 0, 0], [4, 4, 4, 4], [1, 1, 1, 1], [0, 0, 0, 7])
@@ -356,7 +366,37 @@ def meanwhile_runs_between(rank: int, size: int) -> None:
     assert order == ["shared", "receive"]
 
 
+def moved_experts_give_the_same(rank: int, size: int) -> None:
+    """Redundant experts, and another placement between two calls: the same bits before and after, and during."""
+    tokens = [5, 0, 9, 2][:size]
+    all_ = everything(11, tokens, "hot", True)
+    want = part(single(all_), tokens, rank)["y"]
+    start = sum(tokens[:rank])
+    mine = slice(start, start + tokens[rank])
+    routing = Routing.from_topk(all_["weights"][mine], all_["ids"][mine], E)
+    load = torch.bincount(all_["ids"].flatten(), minlength=E)
+    old, new = Placement.plain(E, size), place(load, size, slots=12)
+
+    def run(placement, up, down, mode):
+        dispatcher = AllToAll(placement.num_slots)
+        return dispatcher(
+            all_["x"][mine], placement.route(routing, rank, mode=mode), lambda rows, r: layer(rows, r, up, down)
+        )
+
+    before = [all_[n][old.here(rank)] for n in ("w_up", "w_down")]
+    assert torch.equal(run(old, *before, "token"), want)
+    after = [move(before[0], old, new)]
+    assert torch.equal(run(old, *before, "rank"), want)  # the old places serve while others travel
+    after.append(move(before[1], old, new))
+    for mode in ("token", "rank"):
+        assert torch.equal(run(new, *after, mode), want), mode
+    for name, weights in zip(("w_up", "w_down"), after, strict=True):
+        assert torch.equal(weights, all_[name][new.here(rank)])
+        assert torch.equal(move(weights, new, old), all_[name][old.here(rank)])
+
+
 CASES = [
     equal_to_one_process, repeats_are_bitwise_equal, chunks_are_bitwise_equal, a_token_crosses_once, wires,
     half_precision, disagreements_are_reported, bad_input, checkpointed_and_compiled, meanwhile_runs_between,
+    moved_experts_give_the_same,
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from .dispatcher import Local, TokenDispatcher
 from .hierarchical import Hierarchical
 from .layers import Parallel, fully_shard
 from .overlap import ChunkedOverlap
+from .placement import Placement, move, place, update_expert
 from .push import Push
 
 __all__ = [
@@ -18,9 +19,13 @@ __all__ = [
     "Local",
     "Parallel",
     "PeerFailed",
+    "Placement",
     "Push",
     "TokenDispatcher",
     "choose",
     "explain",
     "fully_shard",
+    "move",
+    "place",
+    "update_expert",
 ]
