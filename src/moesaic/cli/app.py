@@ -9,8 +9,8 @@ import typer
 from ..errors import MissingExtra, Unsupported
 from .demo import demo
 from .env import env
+from .scale import bench  # with its subcommands
 from .screen import UsageMistake
-from .studies import bench
 from .verify import verify
 
 app = typer.Typer(
