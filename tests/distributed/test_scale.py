@@ -45,7 +45,12 @@ def test_load_by_hand():
     """Probabilities add up to K, copies to what a token reaches, and all experts are chosen when K is E."""
     load = Load(Case("c", 8, 4, 4, 2), 2, 100)
     assert load.chosen == pytest.approx([0.5] * 4)
-    assert load.reach(2) == pytest.approx([0.75] * 2)  # 1 - (1 - 1/2)²
+    assert load.reach(2) == pytest.approx([5 / 6] * 2)  # of 6 pairs one is elsewhere
+    assert load.reach(1) == pytest.approx([1.0]) and load.reach(4) == pytest.approx([0.5] * 4)
+    drawn = Load(Case("c", 8, 4, 4, 2), 2, 100, zipf=1e-9)  # the same by drawing
+    assert drawn.reach(2) == pytest.approx([5 / 6] * 2, abs=0.02) and drawn.reach(1) == [1.0]
+    steep = Load(QWEN, 8, 100, zipf=1.0)
+    assert steep.reach(128) == pytest.approx(steep.chosen, abs=0.03)
     assert load.touched == pytest.approx([2.0, 2.0])
     assert Load(Case("c", 8, 4, 4, 4), 2, 1).chosen.tolist() == [1.0] * 4
     skewed = Load(QWEN, 8, 512, zipf=1.0)

@@ -6,6 +6,7 @@ experts `p·L` to `(p + 1)·L - 1`. R rows are what a rank's experts read.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,18 @@ from ..errors import check_shape
 from ..routing import Routing
 
 Experts = Callable[[Tensor, Routing], Tensor]
+
+
+def eager(call: Callable) -> Callable:
+    """Outside of compiled graphs, as `torch.compiler.disable` has it, whose decorator would import the compiler now."""
+
+    @functools.wraps(call)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(call)(*arguments, **options)
+        return call(*arguments, **options)
+
+    return run
 
 
 class TokenDispatcher(ABC):
@@ -64,7 +77,7 @@ class TokenDispatcher(ABC):
         """What several calls of `send` can agree on at once; by default nothing."""
         return [None] * len(routings)
 
-    @torch.compiler.disable
+    @eager
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing, Any]:
         """Bring the tokens to their experts.
 
@@ -81,7 +94,7 @@ class TokenDispatcher(ABC):
         self.check(x, routing)
         return self.receive(self.send(x, routing))
 
-    @torch.compiler.disable
+    @eager
     def combine(self, rows: Tensor, metadata: Any) -> Tensor:
         """Bring the experts' outputs `(R, H)` back and add them: `(T, H)` in the dtype of rows."""
         return self.add(self.give_back(rows, metadata))

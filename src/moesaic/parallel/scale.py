@@ -129,7 +129,23 @@ class Load:
 
     def reach(self, parts: int) -> np.ndarray:
         """`(parts,)`: the probability that a token has an expert in each of so many equal parts of them."""
-        return 1 - np.prod(1 - self.chosen.reshape(parts, -1), axis=1)
+        E, K = self.case.num_experts, self.case.top_k
+        if self.zipf == 0:  # 1 - C(E - m, K) / C(E, K)
+            rest = E - E // parts
+            missed = np.prod([(rest - k) / (E - k) for k in range(K)]) if rest >= K else 0.0
+            return np.full(parts, 1 - missed)
+        hit = np.zeros((len(self._drawn), parts), dtype=bool)
+        np.put_along_axis(hit, self._drawn // (E // parts), True, axis=1)
+        return hit.mean(0)
+
+    @cached_property
+    def _drawn(self) -> np.ndarray:
+        """`(8192, K)`: the experts of some tokens, drawn by their popularity without replacement (Gumbel top-k)."""
+        E, K = self.case.num_experts, self.case.top_k
+        rng = np.random.default_rng(self.seed)
+        popularity = rng.permutation(-self.zipf * np.log(np.arange(1, E + 1)))  # the permutation of `chosen`
+        scores = popularity + rng.gumbel(size=(8192, E))
+        return np.argpartition(-scores, K - 1, axis=1)[:, :K]
 
     @cached_property
     def rows(self) -> np.ndarray:

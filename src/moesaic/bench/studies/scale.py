@@ -85,6 +85,7 @@ def plot(study: Study, path: Path) -> None:
     """One panel for each model and number of tokens, even load: time over the experts alone against GPUs."""
     plan = study.plan
     figure = sheet(4 * len(plan.models), 3.2 * len(plan.tokens), study)
+    figure.suptitle(study.title, fontsize=10)  # no machine of its own: nothing was run here
     grid: Any = figure.subplots(len(plan.tokens), len(plan.models), squeeze=False)
     for i, tokens in enumerate(plan.tokens):
         for j, model in enumerate(plan.models):
