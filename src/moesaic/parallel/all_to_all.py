@@ -86,8 +86,8 @@ class AllToAll(TokenDispatcher):
         every = gather(lines, self.group, f"{type(self).__name__}.dispatch, counts").view(
             self.group.size(), len(routings), -1
         )
-        table, rank, own = every.tolist(), self.group.rank(), lines.tolist()
-        self._agree(table, own)
+        table, rank = every.tolist(), self.group.rank()
+        self._agree(table)
         plans = []
         for i, c in enumerate(copies):
             sent = table[rank][i][len(HEADER) :]
@@ -162,10 +162,10 @@ class AllToAll(TokenDispatcher):
     def _counts(self, copies: Routing) -> Tensor:
         return copies.tokens_per_expert
 
-    def _agree(self, table: list[list[list[int]]], own: list[list[int]]) -> None:
+    def _agree(self, table: list[list[list[int]]]) -> None:
         """Raise the same ValueError on every rank unless all lines agree and each line's counts are its rows."""
         who = f"{type(self).__name__}.dispatch"
-        for i in range(len(own)):
+        for i in range(len(table[0])):
             first = table[0][i]
             for rank, line in enumerate(table):
                 line = line[i]

@@ -76,7 +76,8 @@ class Parallel:
         dispatcher: the transport over the `ep` dimension; None lets `choose` decide.
         divide: divide the expert weights' gradients by the size of `ep` (see the module). False leaves the sum, for a
             loss that is a sum over all ranks' tokens.
-        options: for `choose`: `max_tokens`, `chunks`, `transport`, `verbose`.
+        options: for `choose`: `max_tokens` (without which neither Push nor AllGather can be chosen), `dtype` where
+            tokens have another than the weights, `chunks`, `transport`, `verbose`.
     """
 
     mesh: DeviceMesh
@@ -185,7 +186,8 @@ def attach(layer: Any, parallel: DeviceMesh | Parallel) -> ExpertParallel:
         )
     dispatcher = spread.dispatcher
     if dispatcher is None:
-        options = dict(verbose=False) | dict(spread.options or {})
+        shape = dict(hidden_size=config.hidden_size, top_k=config.router.top_k, dtype=layer.experts.down_proj.dtype)
+        options: dict[str, Any] = dict(verbose=False) | shape | dict(spread.options or {})
         dispatcher = choose(ep, num_experts=config.num_experts, **options)
     if dispatcher.num_experts != config.num_experts or dispatcher.num_local_experts * ep.size() != config.num_experts:
         raise ValueError(
