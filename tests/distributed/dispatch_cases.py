@@ -99,14 +99,16 @@ def node_mesh(size: int):
 
 
 def transports(size: int) -> dict[str, TokenDispatcher]:
+    mesh = node_mesh(size)
     made = {
         "all_to_all": AllToAll(E),
         "all_to_all slots": AllToAll(E, send="slot"),
         "all_gather": AllGather(E),
         "all_gather bound": AllGather(E, max_tokens=9),
-        "hierarchical": Hierarchical(E, node_mesh(size)),
+        "hierarchical": Hierarchical(E, mesh),
+        "hierarchical gather": Hierarchical(E, mesh, inside=AllGather(E // mesh.size(0), mesh["local"])),
         "chunked 3": ChunkedOverlap(AllToAll(E), 3),
-        "chunked hierarchical": ChunkedOverlap(Hierarchical(E, node_mesh(size)), 2),
+        "chunked hierarchical": ChunkedOverlap(Hierarchical(E, mesh), 2),
         "chunked gather": ChunkedOverlap(AllGather(E), 2),
     }
     if size == 1:

@@ -1,9 +1,9 @@
 """The Ascend (CANN) operators between ranks, by meaning: dispatch and combine, grouped products with all-to-alls.
 
-Legend: W ranks, BS tokens a rank (numbers may differ), K choices, H hidden; E experts with matrices, L of them on each
-rank; A rows that a rank receives. Names of arguments are CANN's (`npu_moe_distribute_dispatch_v2` and `_combine_v2`,
-with the special experts and the waiting times of v3 and v4). What CANN passes between the two calls as opaque tensors is one
-value here, `assist_info`.
+Legend: W ranks, BS tokens a rank (numbers may differ), K choices, H hidden; E experts with matrices, L of them on
+each rank; A rows that a rank receives. Names of arguments are CANN's (`npu_moe_distribute_dispatch_v2` and
+`_combine_v2`, with the special experts and the waiting times of v3 and v4). What CANN passes between the two calls as
+opaque tensors is one value here, `assist_info`.
 
 Ids from E on are experts without matrices: first `zero_expert_num` that give nothing, then `copy_expert_num` that give
 the token back, then `const_expert_num` that give `alpha_1 · x + alpha_2 · v`. With `shared_expert_rank_num` S the first
