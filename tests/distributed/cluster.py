@@ -99,14 +99,17 @@ def run_cases(rank: int, size: int, cases: list[Callable]) -> dict[str, str | No
     return said
 
 
-def check(said: tuple, size: int, name: str) -> None:
-    """Raise with every rank's trouble unless all ranks of `launch(run_cases, ...)` passed a case."""
-    errors, values, codes = said
+def check(size: int, cases: list[Callable]) -> None:
+    """Run all cases on `size` ranks, in one launch; raise with every rank's trouble unless all of them passed."""
+    errors, values, codes = launch(run_cases, size, cases)
     trouble = []
     for rank in range(size):
-        error = errors.get(rank, "said nothing")
-        if error is None:
-            error = values[rank].get(name, "not run: an earlier case failed")
-        if error is not None:
+        if (error := errors.get(rank, "said nothing")) is not None:
             trouble.append(f"rank {rank} of {size}, exit {codes[rank]}: {error}")
+            continue
+        said = values[rank]
+        assert isinstance(said, dict)
+        for case in cases:
+            if (error := said.get(case.__name__, "not run: an earlier case failed")) is not None:
+                trouble.append(f"{case.__name__}, rank {rank} of {size}: {error}")
     assert not trouble, "\n".join(trouble)
