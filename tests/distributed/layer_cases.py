@@ -234,7 +234,22 @@ def layers_say_what_is_wrong(rank: int, size: int) -> None:
         raise AssertionError("one dimension")
 
 
-CASES = [layers_are_equal_to_one_process, trains_under_fsdp, choices_have_reasons, layers_say_what_is_wrong]
+def begins_on_the_meta_device(rank: int, size: int) -> None:
+    """Nothing is allocated before `to_empty`, and then only this rank's part."""
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("ep",))
+    layer, filled = MoE(CONFIG, device="meta", parallel=mesh), made(mesh)
+    assert layer.experts.down_proj.is_meta and layer.experts.down_proj.to_local().shape[0] == 8 // size
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(filled.state_dict())
+    x, counts = tokens_of(size)
+    mine = x[sum(counts[:rank]) :][: counts[rank]]
+    assert torch.equal(layer.eval()(mine), filled.eval()(mine))
+
+
+CASES = [
+    layers_are_equal_to_one_process, trains_under_fsdp, choices_have_reasons, layers_say_what_is_wrong,
+    begins_on_the_meta_device,
+]  # fmt: skip
 CHECKPOINTS = [(4, 2), (4, 1), (1, 4)]  # saved with, loaded with
 
 
