@@ -27,7 +27,7 @@ def scale(
     note: Note = "",
     as_json: Json = False,
 ) -> None:
-    """One layer on many GPUs under every way its tokens can travel, simulated from what two of them were measured."""
+    """One layer on many GPUs under every way its tokens can travel, simulated with constants from two of them."""
     try:
         exponents = tuple(float(z) for z in names(zipf))
     except ValueError as error:

@@ -55,7 +55,8 @@ class Machine:
     floor: float
 
 
-# Two H100s of one host, measured (docs/scale.md). The link between nodes is not: 400 Gb/s a GPU is usual there.
+# From two H100s of one host (docs/scale.md): links and barrier measured, memory, products, launch and host fitted to
+# layers. The wire between nodes is an assumption: 400 Gb/s a GPU.
 H100 = Machine(
     "H100", node=8, link=280e9, link_latency=38e-6, push_link=360e9, push_latency=5.5e-6, wire=45e9, wire_latency=45e-6,
     message=1.0e-6, memory=2.9e12, peak=780e12, width0=300, launch=20e-6, host=230e-6, floor=870e-6,
