@@ -34,7 +34,12 @@ from hf_models import (
     train_step,
 )
 from transformers.integrations import moe
-from transformers.monkey_patching import apply_patches, get_patch_mapping
+from transformers.monkey_patching import (
+    apply_patches,
+    get_patch_mapping,
+    register_patch_mapping,
+    unregister_patch_mapping,
+)
 
 import moesaic
 import moesaic.integrations.transformers as integration
@@ -274,11 +279,34 @@ def test_patched_models_are_copied_and_pickled():
         assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+def test_a_patch_reaches_one_class_only():
+    """The mapping's keys are patterns that are searched for: DbrxFFN must not stand for DbrxFFNConfig."""
+    from transformers.models.dbrx import configuration_dbrx, modeling_dbrx
+
+    before = configuration_dbrx.DbrxFFNConfig, modeling_dbrx.DbrxFFN
+    with apply_patches():
+        assert configuration_dbrx.DbrxFFNConfig is before[0] and modeling_dbrx.DbrxFFN is not before[1]
+    assert modeling_dbrx.DbrxFFN is before[1]
+
+
+def test_a_callers_own_patch_comes_first():
+    mine = type("Mine", (nn.Module,), {})
+    register_patch_mapping({"JetMoeMoE": mine})
+    try:
+        from transformers.models.jetmoe import modeling_jetmoe
+
+        undecorated.register()
+        with apply_patches():
+            assert modeling_jetmoe.JetMoeMoE is mine
+    finally:
+        unregister_patch_mapping(["JetMoeMoE"])
+
+
 def test_the_table_is_whole():
     """Every class of experts in transformers is dispatched by it, or in our table, or part of a class in it."""
     parts = {"JetMoeParallelExperts", "Llama4TextExperts"}
     named = {entry.name for entry in undecorated.UNDECORATED}
-    assert named <= get_patch_mapping().keys()
+    assert {f"^{name}$" for name in named} <= get_patch_mapping().keys()
     for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
         text = path.read_text()
         if "use_experts_implementation" not in text:

@@ -134,21 +134,21 @@ def entry_of(module: nn.Module) -> Undecorated | None:
 def register() -> None:
     """Put a subclass of every class in the table into transformers' patch mapping.
 
-    Classes that this release of transformers lacks are left out, and so are those for which the mapping has an entry
-    already. Harmless to repeat.
+    Classes that this release of transformers lacks are left out. A caller's own entry for a class, under its plain
+    name, takes precedence over ours. Harmless to repeat.
     """
     from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
 
     taken = get_patch_mapping()
     for entry in UNDECORATED:
         path = f"transformers.models.{entry.model}"
-        if entry.name in taken or importlib.util.find_spec(path) is None:
+        if _pattern(entry.name) in taken or importlib.util.find_spec(path) is None:
             continue
         modeling = importlib.import_module(f"{path}.modeling_{entry.model}")
         original = getattr(modeling, entry.name, None)
         if original is None or hasattr(original.forward, "__wrapped__"):
             continue  # another release: absent, or dispatched by transformers itself
-        register_patch_mapping({entry.name: _subclass(original, entry)})
+        register_patch_mapping({_pattern(entry.name): _subclass(original, entry)})
         for base in vars(modeling).values():  # else a later set_experts_implementation() is ignored
             if (
                 isinstance(base, type)
@@ -156,8 +156,13 @@ def register() -> None:
                 and base.__module__ == original.__module__
             ):
                 base._can_set_experts_implementation_cached_value = True
-    if "DbrxFFN" not in taken:
+    if _pattern("DbrxFFN") not in taken:
         _adopt_dbrx(register_patch_mapping)
+
+
+def _pattern(name: str) -> str:
+    """A key of the mapping that matches one class: a plain name is searched for inside others (DbrxFFNConfig)."""
+    return f"^{name}$"
 
 
 def _subclass(original: type, entry: Undecorated) -> type:
@@ -198,7 +203,7 @@ def _adopt_dbrx(register_patch_mapping: Callable) -> None:
             original.__init__(self, config, *args, **kwargs)
             self.experts.config = config
 
-    register_patch_mapping({"DbrxFFN": _keep(Patched, original, None)})
+    register_patch_mapping({_pattern("DbrxFFN"): _keep(Patched, original, None)})
 
 
 def _warn(entry: Undecorated) -> None:
