@@ -25,6 +25,7 @@ LAYERS = (
     ("op",),
     ("routing",),
     ("ops",),
+    ("flops",),
     ("cases",),
     ("testing",),
     ("tuning",),

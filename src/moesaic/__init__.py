@@ -1,5 +1,6 @@
 """moesaic: Mixture-of-Experts operators for PyTorch that train and serve, on GPU and CPU."""
 
+from . import flops as flops
 from . import nn as nn
 from . import testing as testing
 from .activations import ACTIVATIONS, Activation

@@ -76,3 +76,30 @@ def assert_within(got: dict, want: dict, bar: float = BAR) -> None:
 def choices(tokens: int, experts: int = 8, top_k: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.rand(tokens, experts, generator=g).topk(top_k).indices, torch.rand(tokens, top_k, generator=g) + 0.1
+
+
+# Models whose classes of experts transformers does not dispatch; they run our operators through its patch mapping.
+UNDECORATED = {
+    "dbrx": dict(d_model=64, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=128,
+                 attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8.0),
+                 ffn_config=dict(hidden_size=64, ffn_hidden_size=48, moe_num_experts=8, moe_top_k=2,
+                                 ffn_act_fn={"name": "silu"})),
+    "jetmoe": dict(BASE, num_local_experts=4, intermediate_size=48, kv_channels=16, head_dim=16),
+    "llama4_text": dict(BASE, intermediate_size=48, intermediate_size_mlp=48, num_local_experts=4, head_dim=16,
+                        interleave_moe_layer_step=1),
+    "longcat_flash": dict(BASE, head_dim=8, num_layers=1, ffn_hidden_size=64, expert_ffn_hidden_size=32,
+                          n_routed_experts=6, zero_expert_num=2, moe_topk=3, q_lora_rank=16, kv_lora_rank=16,
+                          qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4),
+}  # fmt: skip
+
+
+def build_undecorated(name: str, implementation: str) -> nn.Module:
+    """A model of `UNDECORATED` with fixed weights."""
+    config = AutoConfig.for_model(name, **UNDECORATED[name])
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=implementation).float()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15, generator=g)
+    return model

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 import moesaic.integrations.transformers as integration
+from moesaic.integrations import recognise
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def test_generate_equals_eager(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles_fullgraph(name):
     torch._dynamo.reset()
-    integration._recognise.cache_clear()  # the activation must be recognised while tracing, too
+    recognise._recognise.cache_clear()  # the activation must be recognised while tracing, too
     model = build(name, "moesaic").eval()
     with torch.no_grad():
         got = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS).logits
@@ -93,7 +94,7 @@ def test_layers_share_a_compiled_graph(name):
 
 @pytest.mark.parametrize("strict", (False, True))
 def test_exports(strict):
-    integration._recognise.cache_clear()
+    recognise._recognise.cache_clear()
     experts = experts_of(build("gpt_oss", "moesaic")).eval()
     with torch.no_grad():
         program = torch.export.export(experts, (torch.randn(5, 64), *choices(5)), strict=strict)
@@ -156,7 +157,7 @@ def test_selected_by_every_route(tmp_path):
 
 
 def test_missing_transformers_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers.activations", None)
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     spec = importlib.util.spec_from_file_location("moesaic.integrations.copy", integration.__file__)
     with pytest.raises(moesaic.MissingExtra, match=r"pip install \"moesaic\[hf\]\""):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -22,6 +22,8 @@ from transformers.integrations import finegrained_fp8, moe
 
 import moesaic
 import moesaic.integrations.transformers as integration
+from moesaic import formats
+from moesaic.integrations import recognise
 from moesaic.testing import STAGES, assert_close
 
 
@@ -226,7 +228,7 @@ def test_fp8_experts_compile_and_generate():
 
 def test_fp8_scale_of_a_whole_matrix():
     q, scale = torch.randn(2, 6, 4).to(torch.float8_e4m3fn), torch.tensor([[[2.0], [3.0]], [[4.0], [5.0]]])
-    got = integration.dequantize_blocks(q, scale, None, torch.float32)  # two scales: gate half and up half
+    got = formats.dequantize_blocks(q, scale, None, torch.float32)  # two scales: gate half and up half
     assert torch.equal(got, q.float() * scale.repeat_interleave(3, 1))
 
 
@@ -238,11 +240,11 @@ def test_packed_fp4_is_refused():
 
 
 # ---------------------------------------------------------------- recognition and report
-@pytest.mark.parametrize("name", integration._SCALAR_NAMES)
+@pytest.mark.parametrize("name", recognise.SCALAR_NAMES)
 def test_scalar_activations_are_what_their_class_computes(name):
-    x = integration._probe()
+    x = recognise._probe()
     act = ACT2FN[name]
-    entry = moesaic.ACTIVATIONS[integration._SCALARS[type(act)]]
+    entry = moesaic.ACTIVATIONS[recognise.scalar_of(type(act))]
     assert_close(entry.forward(x, 1.0, 1.0), act(x), 1, dtype=torch.float32)
 
 
@@ -299,7 +301,7 @@ def test_gates_are_recognised_by_what_they_compute(gate, constants, flags, want)
         setattr(experts, name, value)
     with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
         plan = integration.plan(experts)
-    assert (integration._describe(plan.activation) if plan.activation else None) == want, plan.why
+    assert (recognise.describe(plan.activation) if plan.activation else None) == want, plan.why
 
 
 def test_a_changed_constant_changes_the_plan():
@@ -334,5 +336,5 @@ def test_report_lists_experts_that_cannot_be_reached():
     config = transformers.AutoConfig.for_model("llama4_text", hidden_size=64, intermediate_size=32, num_hidden_layers=1,
                                                num_attention_heads=2, num_local_experts=4, vocab_size=16)  # fmt: skip
     with torch.device("meta"):
-        text = str(integration.report(transformers.AutoModelForCausalLM.from_config(config)))
+        text = str(integration.report(transformers.Llama4ForCausalLM(config)))  # not through from_config: not patched
     assert "Llama4TextExperts" in text and "does not go through transformers' experts registry" in text
