@@ -1,0 +1,91 @@
+"""`fused_experts` in native code on the CPU: `cpu/moe.c`, called through ctypes.
+
+The whole layer is one call: both products with the activation between them in registers, and the combine. The weights
+are read where they are. `_cpu_build` makes the kernels; this file says when they run and hands them the operands.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ... import hardware
+from . import _cpu_build
+from ._cpu_build import status
+
+__all__ = ["fused_experts", "status", "why_not"]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# in the order of `enum act`
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai",
+               "swiglu_clamped")  # fmt: skip
+_ACTIVATION = {name: i for i, name in enumerate(ACTIVATIONS)}
+_ARGUMENTS = struct.Struct("@12P19q2d")  # `arguments` of layer.h
+AMX_ROWS = 3
+
+
+def why_not(problem) -> str | None:
+    if problem.device != "cpu":
+        return f"needs CPU tensors, got {problem.device}"
+    if problem.dtype not in DTYPES:
+        return f"needs float32, bfloat16 or float16, got {str(problem.dtype).removeprefix('torch.')}"
+    if problem.activation not in _ACTIVATION:
+        return f"activation {problem.activation!r} has no native form"
+    if problem.batch_invariant:
+        return "the order of its sums depends on the batch"
+    if problem.training:
+        return "it has no backward"
+    reason = _cpu_build.load().why_not
+    return f"the native kernels are not there: {reason}" if reason else None
+
+
+def _pairs() -> bool:
+    """Does `vdpbf16ps` run at the full rate? On Zen 4 it does; on Xeons without AMX at half that of fp32."""
+    return _cpu_build.load().pairs and hardware.cpu_vendor() != "GenuineIntel"
+
+
+def _matrix(w: Tensor, transposed: bool) -> tuple[Tensor, tuple[int, int, int]]:
+    """The weight and its strides as `W[e][output][input]`; one of the last two is 1, by a copy if need be."""
+    if 1 not in w.stride()[1:]:
+        w = w.contiguous()
+    e, a, b = w.stride()
+    # an axis of one element may have any stride: what counts is along which axis rows lie
+    return w, (e, b, a) if transposed else (e, a, b)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def fused_experts(
+    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
+):
+    native = _cpu_build.load()
+    T, H = x.shape
+    R, I = row_order.shape[0], problem.intermediate_size
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    w_gate_up, up = _matrix(w_gate_up, problem.transposed)
+    w_down, down = _matrix(w_down, problem.transposed)
+    b_gate_up, b_down = (None if b is None else b.contiguous() for b in (b_gate_up, b_down))
+    weights = None if weights is None else weights.to(torch.float32).contiguous()
+    row_order, row_index, expert_offsets = (t.contiguous() for t in (row_order, row_index, expert_offsets))
+    out = x.new_empty(T, H)
+    hidden = x.new_empty(R, act.width(I)) if problem.training else None
+    given = _ARGUMENTS.pack(
+        _pointer(x), _pointer(w_gate_up), _pointer(b_gate_up), _pointer(w_down), _pointer(b_down), _pointer(residual),
+        _pointer(weights), _pointer(row_order), _pointer(row_index), _pointer(expert_offsets), _pointer(out),
+        _pointer(hidden),
+        T, R // T if T else 1, expert_offsets.shape[0] - 1, H, I, x.stride(0),
+        0 if residual is None else residual.stride(0), *up, *down,
+        DTYPES[x.dtype], _ACTIVATION[act.name], problem.interleaved, torch.get_num_threads(),
+        AMX_ROWS if native.amx else 0, _pairs(), act.alpha, act.limit,
+    )  # fmt: skip
+    if native.library.moesaic_fused_experts(given):  # pyright: ignore[reportOptionalMemberAccess]
+        raise MemoryError(f"fused_experts: there is no memory for the rows of {R} slots; split the tokens.")
+    return out, hidden
