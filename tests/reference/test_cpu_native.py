@@ -169,6 +169,99 @@ def test_what_is_not_finite_stays_in_its_row(dtype, bad):
     assert torch.equal(out[keep], clean[keep])
 
 
+# ---------------------------------------------------------------- backward
+LEAVES = ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")
+
+
+def gradients(arguments: dict, implementation: str, grad: torch.Tensor, needs=LEAVES) -> list[torch.Tensor]:
+    arguments = dict(arguments)
+    leaves = []
+    for name in LEAVES:
+        if arguments[name] is not None:
+            arguments[name] = arguments[name].detach().requires_grad_(name in needs)
+            leaves += [arguments[name]] if name in needs else []
+    y = moesaic.fused_experts(**arguments, implementation=implementation)
+    return list(torch.autograd.grad(y, leaves, grad.to(y.dtype)))
+
+
+def check_gradients(arguments: dict, weights: torch.Tensor, oracle: str = "reference") -> None:
+    arguments = arguments | {"weights": weights}
+    x, dtype = arguments["x"], arguments["x"].dtype
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    got = gradients(arguments, "cpu", grad)
+    expected = gradients(widened(arguments), oracle, grad.double())
+    names = [name for name in LEAVES if arguments[name] is not None]
+    longest, stages = 2 * max(*x.shape, arguments["w_down"].shape[2]), testing.STAGES["fused_experts_backward"]
+    for name, out, ref in zip(names, got, expected, strict=True):
+        assert out.shape == ref.shape
+        if name != "weights":
+            testing.assert_close(out, ref, longest, stages, dtype, name)
+            continue
+        # a dot product of I terms, each rounded: one that cancels is near nothing, so only the norm is judged
+        assert out.dtype == torch.float32
+        assert testing.error_report(out, ref).norm <= testing.bounds(dtype, longest, stages)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_gradients(activation, dtype):
+    for layout, transposed in (("concatenated", False), ("interleaved", True)):
+        case = layer(33, 49, activation=activation, layout=layout, transposed=transposed)
+        inputs = testing.make_inputs(case, 61, dtype)  # an expert with a row or two has columns that cancel to nothing
+        ids = testing.adversarial_ids(5, 2, 61)["dropped slots"]
+        weights = torch.rand(ids.shape)
+        check_gradients(inputs.arguments() | {"routing": Routing.from_topk(weights, ids, 5)}, weights)
+
+
+@pytest.mark.parametrize("name", ("avx512", "avx2", "neon", "generic"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_with_every_instruction_set(name, dtype, level):
+    level(name)
+    inputs = testing.make_inputs(layer(40, 37, bias=False), 19, dtype)
+    check_gradients(inputs.arguments(), torch.rand(19, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(testing.adversarial_ids(5, 2, 19)))
+def test_gradients_of_adversarial_routings(name, dtype):
+    ids = testing.adversarial_ids(5, 2, 19)[name]
+    inputs = testing.make_inputs(layer(48, 32), ids.shape[0], dtype)
+    weights = torch.rand(ids.shape)
+    check_gradients(inputs.arguments() | {"routing": Routing.from_topk(weights, ids, 5)}, weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_many_rows(dtype):
+    inputs = testing.make_inputs(layer(304, 272, 3, 2), 290, dtype)
+    check_gradients(inputs.arguments(), torch.rand(290, 2), "torch")
+
+
+@pytest.mark.parametrize("needs", [(name,) for name in LEAVES], ids=lambda needs: needs[0])
+def test_each_gradient_alone_is_the_same(needs):
+    inputs = testing.make_inputs(layer(), 13)
+    arguments = inputs.arguments() | {"weights": torch.rand(13, 2)}
+    grad = torch.randn(inputs.x.shape)
+    every = dict(zip(LEAVES, gradients(arguments, "cpu", grad), strict=True))
+    assert torch.equal(gradients(arguments, "cpu", grad, needs)[0], every[needs[0]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_have_the_same_bits_whatever_the_number_of_threads(dtype):
+    inputs = testing.make_inputs(layer(192, 160, 4, 2), 150, dtype)
+    arguments = inputs.arguments() | {"weights": torch.rand(150, 2)}
+    grad = torch.randn(inputs.x.shape).to(dtype)
+    native, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            native.append(gradients(arguments, "cpu", grad, ("w_gate_up", "w_down", "weights")))
+            torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
+    for other in native[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(native[0], other, strict=True))
+
+
 # ---------------------------------------------------------------- threads and processes
 def test_threads_of_the_program_may_call_at_the_same_time():
     inputs = testing.make_inputs(layer(128, 96, 4, 2), 40)

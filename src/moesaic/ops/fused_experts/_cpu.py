@@ -13,15 +13,12 @@ from torch import Tensor
 
 from ... import hardware
 from . import _cpu_build
+from ._cpu_backward import backward as fused_experts_backward
 from ._cpu_build import status
+from ._cpu_calls import ACTIVATIONS, DTYPES, call, pointer
 
-__all__ = ["fused_experts", "status", "why_not"]
+__all__ = ["fused_experts", "fused_experts_backward", "status", "why_not"]
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# in the order of `enum act`
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai",
-               "swiglu_clamped")  # fmt: skip
-_ACTIVATION = {name: i for i, name in enumerate(ACTIVATIONS)}
 _ARGUMENTS = struct.Struct("@12P19q2d")  # `arguments` of layer.h
 AMX_ROWS = 3
 
@@ -31,12 +28,10 @@ def why_not(problem) -> str | None:
         return f"needs CPU tensors, got {problem.device}"
     if problem.dtype not in DTYPES:
         return f"needs float32, bfloat16 or float16, got {str(problem.dtype).removeprefix('torch.')}"
-    if problem.activation not in _ACTIVATION:
+    if problem.activation not in ACTIVATIONS:
         return f"activation {problem.activation!r} has no native form"
     if problem.batch_invariant:
         return "the order of its sums depends on the batch"
-    if problem.training:
-        return "it has no backward"
     reason = _cpu_build.load().why_not
     return f"the native kernels are not there: {reason}" if reason else None
 
@@ -59,10 +54,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def fused_experts(
     x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
 ):
@@ -78,14 +69,13 @@ def fused_experts(
     out = x.new_empty(T, H)
     hidden = x.new_empty(R, act.width(I)) if problem.training else None
     given = _ARGUMENTS.pack(
-        _pointer(x), _pointer(w_gate_up), _pointer(b_gate_up), _pointer(w_down), _pointer(b_down), _pointer(residual),
-        _pointer(weights), _pointer(row_order), _pointer(row_index), _pointer(expert_offsets), _pointer(out),
-        _pointer(hidden),
+        pointer(x), pointer(w_gate_up), pointer(b_gate_up), pointer(w_down), pointer(b_down), pointer(residual),
+        pointer(weights), pointer(row_order), pointer(row_index), pointer(expert_offsets), pointer(out),
+        pointer(hidden),
         T, R // T if T else 1, expert_offsets.shape[0] - 1, H, I, x.stride(0),
         0 if residual is None else residual.stride(0), *up, *down,
-        DTYPES[x.dtype], _ACTIVATION[act.name], problem.interleaved, torch.get_num_threads(),
+        DTYPES[x.dtype], ACTIVATIONS[act.name], problem.interleaved, torch.get_num_threads(),
         AMX_ROWS if native.amx else 0, _pairs(), act.alpha, act.limit,
     )  # fmt: skip
-    if native.library.moesaic_fused_experts(given):  # pyright: ignore[reportOptionalMemberAccess]
-        raise MemoryError(f"fused_experts: there is no memory for the rows of {R} slots; split the tokens.")
+    call("moesaic_fused_experts", given)
     return out, hidden

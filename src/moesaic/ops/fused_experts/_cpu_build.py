@@ -39,6 +39,8 @@ LEVELS = (
     ("generic", "", set(), ()),
 )
 _EXTRAS = (({"avx512_bf16"}, ("-mavx512bf16",)), ({"amx_tile", "amx_bf16"}, ("-mamx-tile", "-mamx-bf16")))
+# each takes its arguments as packed bytes, and returns 0 unless there was no memory
+ENTRIES = ("moesaic_fused_experts", "moesaic_activation_backward", "moesaic_sum_rows", "moesaic_weight_gradient")
 TIMEOUT = 300  # seconds; a build takes about 3
 _lock = threading.Lock()
 
@@ -96,7 +98,8 @@ def _load(wanted: str) -> Native:
         except (_Failed, OSError) as failure:
             tried.append(str(failure))
             continue
-        library.moesaic_fused_experts.argtypes = [ctypes.c_char_p]
+        for entry in ENTRIES:
+            getattr(library, entry).argtypes = [ctypes.c_char_p]
         if team := _openmp():
             library.moesaic_team(ctypes.cast(team.GOMP_parallel, ctypes.c_void_p))
         amx = "-mamx-bf16" in flags and bool(library.moesaic_amx())

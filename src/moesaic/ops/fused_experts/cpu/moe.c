@@ -10,6 +10,7 @@
 #include "layer.h"
 #include "up.h"
 #include "down.h"
+#include "backward.h"
 #include <unistd.h>
 
 #define TOKENS 16 /* rows of x to a job of PACK */
@@ -30,6 +31,7 @@ static char *workspace_of(size_t bytes) {
             return 0;
         }
         workspace.size = bytes;
+        large_pages(workspace.base, bytes);
     }
     return workspace.base;
 }
@@ -263,4 +265,62 @@ EXPORT int moesaic_fused_experts(const arguments *given) {
     pool_end();
     free(experts);
     return base ? 0 : 1;
+}
+
+/* The activation's derivative over all rows. */
+EXPORT int moesaic_activation_backward(const activation_arguments *p) {
+    activation_work w = {.p = p};
+    int64_t threads = p->rows * p->I < 16 << 10 ? 1 : max64(1, p->threads);
+    atomic_init(&w.next, 0);
+    pool_begin();
+    pool_run(activation_rows, &w, (int)min64(threads, MAX_THREADS));
+    pool_end();
+    return 0;
+}
+
+/* The sum of every token's rows. */
+EXPORT int moesaic_sum_rows(const sum_arguments *p) {
+    sum_work w = {.p = p};
+    int64_t threads = p->T * p->K * p->H < 32 << 10 ? 1 : max64(1, p->threads);
+    atomic_init(&w.next, 0);
+    pool_begin();
+    pool_run(sum_tokens, &w, (int)min64(threads, MAX_THREADS));
+    pool_end();
+    return 0;
+}
+
+/* The gradient of a weight of every expert; 0, or 1 where there is no memory for its workspace. */
+EXPORT int moesaic_weight_gradient(const weight_arguments *p) {
+    int64_t size = size_of((int)p->dtype), threads = max64(1, min64(p->threads, MAX_THREADS)), bytes = 0;
+    weight_work w = {.p = p, .p_chunks = (p->P + P_CHUNK - 1) / P_CHUNK};
+    int64_t *panels = malloc((size_t)(p->E + 1) * sizeof *panels);
+    if (!panels)
+        return 1;
+    w.panels = panels;
+    w.amx = HAVE_AMX && p->amx && p->dtype == BF16;
+    for (int64_t e = 0; e < p->E; e++) {
+        int64_t rows = round_up(p->expert_offsets[e + 1] - p->expert_offsets[e], 32);
+        panels[e] = bytes;
+        bytes += rows * round_up(p->Q, 16) * size;
+        w.longest = max64(w.longest, rows);
+    }
+    if (w.amx || p->right_gather)
+        w.pack_jobs = p->E;
+    else
+        bytes = 0;
+    w.scratch = round_up((P_CHUNK * w.longest + P_CHUNK * Q_CHUNK) * 4, 128);
+    large_pages(p->out, (size_t)(p->E * p->P * p->Q * size));
+    atomic_init(&w.next, 0);
+    atomic_init(&w.packed, 0);
+    pool_begin();
+    bytes = round_up(bytes, 128);
+    w.right = workspace_of((size_t)(bytes + threads * w.scratch));
+    if (w.right) {
+        w.scratches = w.right + bytes;
+        pool_run(weight_jobs, &w, (int)threads);
+        workspace_trim();
+    }
+    pool_end();
+    free(panels);
+    return w.right ? 0 : 1;
 }
