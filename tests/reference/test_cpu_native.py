@@ -53,9 +53,11 @@ def level(monkeypatch):
         if not any(name == n for n, _ in _cpu_build.candidates()):
             pytest.skip(f"this CPU has no {name}")
         monkeypatch.setenv("MOESAIC_CPU", name)
+        _cpu_build.load.cache_clear()
         assert _cpu_build.load().level == name
 
-    return choose
+    yield choose
+    _cpu_build.load.cache_clear()
 
 
 def test_the_kernels_are_built_here():
@@ -316,9 +318,9 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(_cpu_build, "SOURCES", source)
     monkeypatch.setattr(_cpu_build, "FLAGS", ("-shared", "-fPIC"))
     monkeypatch.setenv("MOESAIC_CACHE", str(cache))
-    _cpu_build._load.cache_clear()
+    _cpu_build.load.cache_clear()
     yield source, cache
-    _cpu_build._load.cache_clear()
+    _cpu_build.load.cache_clear()
 
 
 def command() -> list[str]:
@@ -364,6 +366,7 @@ def test_processes_that_build_at_the_same_time_make_one_build(tiny):
 
 def test_without_a_compiler_the_torch_implementation_runs_and_says_why(tiny, monkeypatch):
     monkeypatch.setenv("CC", str(tiny[0] / "nothing"))
+    _cpu_build.load.cache_clear()
     problem = layer().problem(4, torch.float32, "cpu", "cpu")
     explained = moesaic.ops.fused_experts.OP.explain(problem)
     assert explained.chosen == "torch"
@@ -373,12 +376,13 @@ def test_without_a_compiler_the_torch_implementation_runs_and_says_why(tiny, mon
 
 def test_a_compiler_that_fails_is_quoted_in_one_line(tiny):
     (tiny[0] / "moe.c").write_text("#error the sky is falling\n")
-    _cpu_build._load.cache_clear()
+    _cpu_build.load.cache_clear()
     assert "the sky is falling" in _cpu.status() and "\n" not in _cpu.status()
 
 
 def test_off(tiny, monkeypatch):
     monkeypatch.setenv("MOESAIC_CPU", "off")
+    _cpu_build.load.cache_clear()
     assert "MOESAIC_CPU=off" in str(_cpu.why_not(layer().problem(4, torch.float32, "cpu", "cpu")))
 
 

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ _EXTRAS = (({"avx512_bf16"}, ("-mavx512bf16",)), ({"amx_tile", "amx_bf16"}, ("-m
 # each takes its arguments as packed bytes, and returns 0 unless there was no memory
 ENTRIES = ("moesaic_fused_experts", "moesaic_activation_backward", "moesaic_sum_rows", "moesaic_weight_gradient")
 TIMEOUT = 300  # seconds; a build takes about 3
-_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,13 @@ def status() -> str:
     return f"built for {native.level}" + (f" with {' and '.join(extras)}" if extras else "")
 
 
-def load() -> Native:
-    """The kernels for this machine, built first where they have to be. The same answer every time."""
-    with _lock:
-        return _load(os.environ.get("MOESAIC_CPU", ""))
-
-
 @functools.cache
-def _load(wanted: str) -> Native:
+def load() -> Native:
+    """The kernels for this machine, built first where they have to be. The same answer for as long as a process lives.
+
+    Two threads that ask first at the same time both get whole kernels: `build` lets one make them.
+    """
+    wanted = os.environ.get("MOESAIC_CPU", "")
     if wanted == "off":
         return Native(None, why_not="MOESAIC_CPU=off")
     if os.name != "posix":

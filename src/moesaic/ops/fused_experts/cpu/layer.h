@@ -51,8 +51,7 @@ typedef struct {
     atomic_llong next;
 } layer;
 
-#define MAX_BLOCK 128
 #define UP_CHUNK 48 /* columns of the activation to a job: a multiple of a strip's */
 #define DOWN_CHUNK 96
-#define OUTER_CHUNK 128
+#define OUTER_CHUNK 256
 #define AMX_CHUNK 96 /* whole tiles, and whole strips for the experts with few rows */
