@@ -60,6 +60,18 @@ def level(monkeypatch):
     _cpu_build.load.cache_clear()
 
 
+@pytest.fixture(params=("native products", "torch's products"))
+def products(request, monkeypatch):
+    """The layer's products by either, whatever its size."""
+    monkeypatch.setattr(_cpu, "_torch_products", lambda *_: request.param != "native products")
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """No product is torch's, however large: those are as reproducible as torch says."""
+    monkeypatch.setattr(_cpu, "_torch_products", lambda *_: False)
+
+
 def test_the_kernels_are_built_here():
     assert _cpu_build.load().why_not is None
     assert moesaic.ops.fused_experts.OP.implementations.index("cpu") == 1
@@ -80,7 +92,7 @@ def test_activations(activation, dtype):
 
 @pytest.mark.parametrize("name", ("avx512", "avx2", "neon", "generic"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set(name, dtype, level):
+def test_every_instruction_set(name, dtype, level, native):
     level(name)
     for H, I, layout, transposed in ((63, 37, "concatenated", False), (33, 65, "interleaved", True)):
         case = layer(H, I, layout=layout, transposed=transposed, activation="geglu")
@@ -129,7 +141,7 @@ def test_fuzz(dtype, H, I, E, K, T, activation, layout, transposed, bias, residu
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows_and_long_rows(dtype):
+def test_many_rows_and_long_rows(dtype, products):
     """Several blocks of rows and of columns, and more than one K block."""
     for transposed in (False, True):
         case = layer(304, 272, E=2, K=1, transposed=transposed)
@@ -144,7 +156,7 @@ def test_many_rows_and_long_rows(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", (False, True))
-def test_the_same_bits_whatever_the_number_of_threads(dtype, transposed):
+def test_the_same_bits_whatever_the_number_of_threads(dtype, transposed, native):
     inputs = testing.make_inputs(layer(192, 320, 4, 2, transposed=transposed), 150, dtype)
     outs, before = [], torch.get_num_threads()
     try:
@@ -159,7 +171,7 @@ def test_the_same_bits_whatever_the_number_of_threads(dtype, transposed):
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_stays_in_its_row(dtype, bad):
+def test_what_is_not_finite_stays_in_its_row(dtype, bad, native):
     inputs = testing.make_inputs(layer(48, 40, bias=False), 12, dtype)
     arguments = inputs.arguments()
     with torch.no_grad():
@@ -169,6 +181,26 @@ def test_what_is_not_finite_stays_in_its_row(dtype, bad):
     assert not torch.isfinite(out[5]).any()
     keep = torch.arange(12) != 5
     assert torch.equal(out[keep], clean[keep])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(testing.adversarial_ids(5, 2, 19)))
+def test_either_product(name, dtype, products):
+    ids = testing.adversarial_ids(5, 2, 19)[name]
+    for layout, transposed in (("concatenated", False), ("interleaved", True)):
+        inputs = testing.make_inputs(layer(40, 33, layout=layout, transposed=transposed), ids.shape[0], dtype)
+        weights = torch.rand(ids.shape)
+        arguments = inputs.arguments() | {"routing": Routing.from_topk(weights, ids, 5)}
+        check(arguments, residual=torch.randn(inputs.x.shape).to(dtype))
+        check_gradients(arguments, weights, "torch")
+
+
+def test_the_choice_of_products_is_a_function_of_the_problem():
+    rows = [
+        _cpu._rows_per_live_expert(layer(E=64, K=8).problem(T, torch.float32, "cpu", "cpu")) for T in (0, 1, 64, 512)
+    ]
+    assert rows[0] == 0 and rows[1] == pytest.approx(1) and 8 < rows[2] < 8.1 and rows[3] == pytest.approx(64)
+    assert _cpu._torch_products(torch.float32, 200, False) and not _cpu._torch_products(torch.float32, 64, False)
 
 
 # ---------------------------------------------------------------- backward

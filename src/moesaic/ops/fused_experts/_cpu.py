@@ -16,6 +16,7 @@ from . import _cpu_build
 from ._cpu_backward import backward as fused_experts_backward
 from ._cpu_build import status
 from ._cpu_calls import ACTIVATIONS, DTYPES, call, pointer
+from ._cpu_rows import activation, groups, products, sum_rows
 
 __all__ = ["fused_experts", "fused_experts_backward", "status", "why_not"]
 
@@ -34,6 +35,29 @@ def why_not(problem) -> str | None:
         return "the order of its sums depends on the batch"
     reason = _cpu_build.load().why_not
     return f"the native kernels are not there: {reason}" if reason else None
+
+
+# Rows an expert from which torch's products beat the native ones (one core of a Xeon with AMX and AVX512-FP16, OLMoE's
+# shape, CPU time, 2026-11-26: fp32 101 against 98 GFLOP/s at 96 rows and 101 against 107 at 128; fp16 96 against 83 at
+# 32 and 103 against 109 at 64; bf16 on AMX 472 against 274 at 64 and 630 against 490 at 256).
+CROSSOVER = {torch.float32: 112, torch.float16: 56, torch.bfloat16: 112}
+# With AMX the weights must lie along the contraction: for the others torch repacks them (at 4 rows 24 against 18, at
+# 64 rows 254 against 67 GFLOP/s).
+CROSSOVER_INPUT_MAJOR_AMX = 2
+
+
+def _torch_products(dtype: torch.dtype, rows: float, input_major: bool) -> bool:
+    """Does torch multiply faster than the native kernels? By a fit to measurements: never timed, so bits stay."""
+    if dtype == torch.bfloat16 and _cpu_build.load().amx:
+        return input_major and rows >= CROSSOVER_INPUT_MAJOR_AMX
+    return rows >= CROSSOVER[dtype]
+
+
+def _rows_per_live_expert(problem) -> float:
+    """The mean, were routing even: of T tokens each expert is chosen by some with probability 1 - (1 - K/E)ᵀ."""
+    E = max(problem.num_experts, 1)
+    chosen = E * (1 - (1 - min(problem.top_k / E, 1.0)) ** problem.num_tokens)
+    return problem.num_slots / chosen if chosen else 0.0
 
 
 def _pairs() -> bool:
@@ -57,6 +81,21 @@ def _rows(x: Tensor) -> Tensor:
 def fused_experts(
     x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
 ):
+    if _torch_products(x.dtype, _rows_per_live_expert(problem), w_gate_up.stride(-1 - (not problem.transposed)) == 1):
+        return _by_rows(
+            x,
+            w_gate_up,
+            w_down,
+            weights,
+            b_gate_up,
+            b_down,
+            row_order,
+            row_index,
+            expert_offsets,
+            residual,
+            act,
+            problem,
+        )
     native = _cpu_build.load()
     T, H = x.shape
     R, I = row_order.shape[0], problem.intermediate_size
@@ -78,4 +117,22 @@ def fused_experts(
         AMX_ROWS if native.amx else 0, _pairs(), act.alpha, act.limit,
     )  # fmt: skip
     call("moesaic_fused_experts", given)
+    return out, hidden
+
+
+def _by_rows(
+    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
+):
+    """The layer with torch's products, where they are the faster ones."""
+    live, experts, sizes = groups(expert_offsets)
+    ups, downs = (w_gate_up, w_down) if problem.transposed else (w_gate_up.mT, w_down.mT)
+    hidden = products(x.index_select(0, row_order[:live] // problem.top_k), ups, experts, sizes, b_gate_up)
+    a = activation(act, hidden, problem.intermediate_size, problem.interleaved)
+    y = products(a, downs, experts, sizes, b_down)
+    weights = None if weights is None else weights.to(torch.float32).contiguous()
+    out = sum_rows(y, row_index, x, problem.top_k, weights, None if residual is None else _rows(residual))
+    if not problem.training:
+        return out, None
+    if live < row_order.shape[0]:
+        hidden = torch.cat((hidden, hidden.new_zeros(row_order.shape[0] - live, hidden.shape[1])))
     return out, hidden

@@ -7,60 +7,16 @@ gradient of each row's token; `da`, `dh`, `dxs` are the gradients of activations
 
 from __future__ import annotations
 
-import itertools
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import hardware
 from . import _cpu_build
-from ._cpu_calls import ACTIVATIONS, DTYPES, call, pointer
+from ._cpu_calls import DTYPES, call, pointer
+from ._cpu_rows import activation_backward, groups, products, sum_rows
 
-# rows from which an fp32 copy of a half-precision matrix and sgemm beat a product that has no units of its own
-WIDEN_ROWS = 96
-_ACTIVATION = struct.Struct("@6P6q2d")  # the argument structures of backward.h
-_SUM = struct.Struct("@3P5q")
-_WEIGHT = struct.Struct("@5P11q")
-
-
-def _widens(dtype: torch.dtype) -> bool:
-    """Is a half-precision product slower than an fp32 one on this CPU?"""
-    flags = hardware.cpu_flags()
-    if dtype == torch.bfloat16:
-        return "amx_bf16" not in flags and not ("avx512_bf16" in flags and hardware.cpu_vendor() != "GenuineIntel")
-    return dtype == torch.float16 and not flags & {"amx_fp16", "avx512_fp16"}
-
-
-def _products(rows: Tensor, w: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
-    """`out[group] = rows[group] @ w[expert]`; `w (E, K, N)` may have any strides."""
-    out, wide, widen = rows.new_empty(rows.shape[0], w.shape[2]), None, _widens(rows.dtype)
-    for e, n, part, into in zip(experts, sizes, rows.split(sizes), out.split(sizes), strict=True):
-        if widen and n >= WIDEN_ROWS:
-            wide = torch.empty_like(w[e], dtype=torch.float32) if wide is None else wide
-            into.copy_(torch.mm(part.float(), wide.copy_(w[e])))
-        else:
-            torch.mm(part, w[e], out=into)
-    return out
-
-
-def _activation(
-    act, hidden: Tensor, da: Tensor, scale: Tensor | None, interleaved: bool, scaled: bool, ds: bool
-) -> Any:
-    """`(dh, scale·a or None, <da, a> or None)` of all rows, computed in fp32."""
-    rows, I = da.shape
-    dh = da.new_empty(rows, hidden.shape[1])
-    a = da.new_empty(rows, I) if scaled else None
-    sums = da.new_empty(rows, dtype=torch.float32) if ds else None
-    call(
-        "moesaic_activation_backward",
-        _ACTIVATION.pack(
-            pointer(hidden), pointer(da), pointer(scale), pointer(dh), pointer(a), pointer(sums), rows, I,
-            DTYPES[da.dtype], ACTIVATIONS[act.name], interleaved, torch.get_num_threads(), act.alpha, act.limit,
-        ),
-    )  # fmt: skip
-    return dh, a, sums
+_WEIGHT = struct.Struct("@5P11q")  # `weight_arguments` of backward.h
 
 
 def _weight_gradient(
@@ -81,16 +37,6 @@ def _weight_gradient(
     return out
 
 
-def _sum_rows(rows: Tensor, row_index: Tensor, x: Tensor, top_k: int) -> Tensor:
-    out, (T, H) = torch.empty(x.shape, dtype=x.dtype), x.shape
-    call(
-        "moesaic_sum_rows",
-        _SUM.pack(pointer(rows), pointer(row_index), pointer(out), T, top_k, H, DTYPES[x.dtype],
-                  torch.get_num_threads()),
-    )  # fmt: skip
-    return out
-
-
 def _bias_gradient(like: Tensor, rows: Tensor, experts: list[int], sizes: list[int]) -> Tensor:
     out = torch.zeros(like.shape, dtype=like.dtype)
     for e, part in zip(experts, rows.split(sizes), strict=True):
@@ -102,9 +48,7 @@ def backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row
              act, problem, needs):  # fmt: skip
     """The gradients of x, both weights, the routing weights and both biases; an empty tensor where none is needed."""
     need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
-    ends, K = expert_offsets.tolist(), problem.top_k
-    live, pairs = ends[-1], [(e, b - a) for e, (a, b) in enumerate(itertools.pairwise(ends)) if b > a]
-    experts, sizes = [e for e, _ in pairs], [n for _, n in pairs]
+    (live, experts, sizes), K = groups(expert_offsets), problem.top_k
     ups, downs = (w_gate_up.mT, w_down.mT) if problem.transposed else (w_gate_up, w_down)
     order = row_order[:live]
     grads = grad.index_select(0, order // K)
@@ -112,8 +56,8 @@ def backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row
     dx = dup = ddown = dweights = dbup = dbdown = x.new_empty(0)
     tables = (row_order, expert_offsets, K)
     if any(needs[:5]):
-        da = _products(grads, downs, experts, sizes)
-        dh, a, ds = _activation(act, hidden, da, scale, problem.interleaved, need_down, need_weights)
+        da = products(grads, downs, experts, sizes)
+        dh, a, ds = activation_backward(act, hidden, da, scale, problem.interleaved, need_down, need_weights)
         if need_weights and weights is not None:
             dweights = _weights_gradient(weights, ds, grads, b_down, order, experts, sizes)
         if need_down:
@@ -124,7 +68,7 @@ def backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row
         if need_bup:
             dbup = _bias_gradient(b_gate_up, dh, experts, sizes)
         if need_x:
-            dx = _sum_rows(_products(dh, ups, experts, sizes), row_index, x, K)
+            dx = sum_rows(products(dh, ups, experts, sizes), row_index, x, K)
     if need_bdown:
         wide = grads.float()
         dbdown = _bias_gradient(b_down, wide if scale is None else wide * scale[:, None], experts, sizes)

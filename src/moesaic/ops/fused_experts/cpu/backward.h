@@ -15,7 +15,7 @@
 /* ------------------------------------------------------------------ the activation */
 /* Filled by `_cpu_backward.py`, field by field in this order. Rows are by expert, one after the other. */
 typedef struct {
-    const void *hidden, *grad_a; /* (R, width) and (R, I) */
+    const void *hidden, *grad_a; /* (R, width) and (R, I); without a gradient only `scaled` is computed */
     const float *scale;          /* (R,), or null */
     void *grad_hidden, *scaled;  /* (R, width); scale·activation (R, I), or null */
     float *grad_scale;           /* (R,), or null */
@@ -37,6 +37,7 @@ static void activation_row(const activation_arguments *p, int64_t r) {
     float g[PIECE], u[PIECE], d[PIECE], pair[2 * PIECE];
     vf total = splat(0.0f);
     memset(g, 0, sizeof g);
+    memset(d, 0, sizeof d);
     for (int64_t i = 0; i < I; i += PIECE) {
         int64_t n = min64(PIECE, I - i), whole = round_up(n, VL);
         if (apart) {
@@ -48,17 +49,22 @@ static void activation_row(const activation_arguments *p, int64_t r) {
                 load_row(g, p->hidden, r * width + i, dtype, n);
             load_row(u, p->hidden, r * width + i + (gated ? I : 0), dtype, n);
         }
-        load_row(d, p->grad_a, r * I + i, dtype, n);
+        if (p->grad_a)
+            load_row(d, p->grad_a, r * I + i, dtype, n);
         for (int64_t j = n; j < whole; j++)
             g[j] = u[j] = d[j] = 0;
         for (int64_t j = 0; j < whole; j += VL) {
             vf gv = load(g + j), uv = load(u + j), dv = load(d + j), dg = splat(0.0f), du;
             vf a = activate(act, gv, uv, alpha, limit);
+            store(d + j, scale * a);
+            if (!p->grad_a)
+                continue;
             activate_backward(act, gv, uv, scale * dv, alpha, limit, &dg, &du);
             total += a * dv;
-            store(g + j, dg), store(u + j, du), store(d + j, scale * a);
+            store(g + j, dg), store(u + j, du);
         }
-        if (apart) {
+        if (!p->grad_a) {
+        } else if (apart) {
             for (int64_t j = 0; j < n; j++)
                 pair[2 * j] = g[j], pair[2 * j + 1] = u[j];
             store_row(p->grad_hidden, r * width + 2 * i, dtype, pair, 2 * n);
@@ -87,12 +93,13 @@ static void activation_rows(void *context, int member) {
 }
 
 /* ------------------------------------------------------------------ the tokens */
-/* `out[t] = sum_k rows[row_index[t, k]]` in fp32, in order of k, rounded once */
+/* `out[t] = residual[t] + sum_k w[t, k]·rows[row_index[t, k]]` in fp32, in order of k, rounded once */
 typedef struct {
-    const void *rows;
+    const void *rows, *residual;
+    const float *weights;
     const int32_t *row_index;
     void *out;
-    int64_t T, K, H, dtype, threads;
+    int64_t T, K, H, residual_stride, dtype, threads;
 } sum_arguments;
 
 typedef struct {
@@ -110,11 +117,15 @@ static void sum_token(const sum_arguments *p, int64_t t) {
             int64_t r = p->row_index[t * p->K + k], i = 0;
             if (r < 0)
                 continue;
+            float w = p->weights ? p->weights[t * p->K + k] : 1.0f;
             for (; i + VL <= n; i += VL)
-                store(sums + i, load(sums + i) + load_as(p->rows, r * p->H + h + i, dtype));
+                store(sums + i, load(sums + i) + w * load_as(p->rows, r * p->H + h + i, dtype));
             for (; i < n; i++)
-                sums[i] += get(p->rows, r * p->H + h + i, dtype);
+                sums[i] = fmaf(w, get(p->rows, r * p->H + h + i, dtype), sums[i]);
         }
+        if (p->residual)
+            for (int64_t i = 0; i < n; i++)
+                sums[i] += get(p->residual, t * p->residual_stride + h + i, dtype);
         store_row(p->out, t * p->H + h, dtype, sums, n);
     }
 }
