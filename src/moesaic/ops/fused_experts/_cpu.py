@@ -16,7 +16,7 @@ from . import _cpu_build
 from ._cpu_backward import backward as fused_experts_backward
 from ._cpu_build import status
 from ._cpu_calls import ACTIVATIONS, DTYPES, call, pointer
-from ._cpu_rows import activation, groups, products, sum_rows
+from ._cpu_rows import activation, chunks, groups, products, sum_rows
 
 __all__ = ["fused_experts", "fused_experts_backward", "status", "why_not"]
 
@@ -124,15 +124,18 @@ def _by_rows(
     x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
 ):
     """The layer with torch's products, where they are the faster ones."""
-    live, experts, sizes = groups(expert_offsets)
+    (live, experts, sizes), R, H = groups(expert_offsets), row_order.shape[0], x.shape[1]
     ups, downs = (w_gate_up, w_down) if problem.transposed else (w_gate_up.mT, w_down.mT)
-    hidden = products(x.index_select(0, row_order[:live] // problem.top_k), ups, experts, sizes, b_gate_up)
-    a = activation(act, hidden, problem.intermediate_size, problem.interleaved)
-    y = products(a, downs, experts, sizes, b_down)
+    width = act.width(problem.intermediate_size)
+    hidden, y = x.new_empty(R, width) if problem.training else None, x.new_empty(live, H)
+    tokens = row_order[:live] // problem.top_k
+    for rows, which in chunks(sizes, width):
+        kept = None if hidden is None else hidden[rows]
+        some, counts = experts[which], sizes[which]
+        h = products(x.index_select(0, tokens[rows]), ups, some, counts, b_gate_up, kept)
+        a = activation(act, h, problem.intermediate_size, problem.interleaved)
+        products(a, downs, some, counts, b_down, y[rows])
+    if hidden is not None:
+        hidden[live:] = 0
     weights = None if weights is None else weights.to(torch.float32).contiguous()
-    out = sum_rows(y, row_index, x, problem.top_k, weights, None if residual is None else _rows(residual))
-    if not problem.training:
-        return out, None
-    if live < row_order.shape[0]:
-        hidden = torch.cat((hidden, hidden.new_zeros(row_order.shape[0] - live, hidden.shape[1])))
-    return out, hidden
+    return sum_rows(y, row_index, x, problem.top_k, weights, None if residual is None else _rows(residual)), hidden

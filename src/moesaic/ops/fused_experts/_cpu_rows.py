@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ._cpu_calls import ACTIVATIONS, DTYPES, call, pointer
 
 # rows from which an fp32 copy of a half-precision matrix and sgemm beat a product that has no units of its own
 WIDEN_ROWS = 96
+CHUNK_ELEMENTS = 1 << 20
 _ACTIVATION = struct.Struct("@6P6q2d")  # the argument structures of backward.h
 _SUM = struct.Struct("@5P6q")
 
@@ -37,9 +39,23 @@ def groups(expert_offsets: Tensor) -> tuple[int, list[int], list[int]]:
     return ends[-1], [e for e, _ in pairs], [n for _, n in pairs]
 
 
-def products(rows: Tensor, w: Tensor, experts: list[int], sizes: list[int], bias: Tensor | None = None) -> Tensor:
+def chunks(sizes: list[int], width: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of whole experts, `(rows, which of the experts)`, whose intermediates `width` wide stay in the L3."""
+    limit, start, first, total = max(1, CHUNK_ELEMENTS // max(width, 1)), 0, 0, 0
+    for i, n in enumerate(sizes):
+        if total and total + n > limit:
+            yield slice(start, start + total), slice(first, i)
+            start, first, total = start + total, i, 0
+        total += n
+    if total:
+        yield slice(start, start + total), slice(first, len(sizes))
+
+
+def products(rows: Tensor, w: Tensor, experts: list[int], sizes: list[int], bias: Tensor | None = None,
+             out: Tensor | None = None) -> Tensor:  # fmt: skip
     """`out[group] = rows[group] @ w[expert] (+ bias[expert])`; `w (E, K, N)` may have any strides."""
-    out, wide, widen = rows.new_empty(rows.shape[0], w.shape[2]), None, _widens(rows.dtype)
+    out = rows.new_empty(rows.shape[0], w.shape[2]) if out is None else out
+    wide, widen = None, _widens(rows.dtype)
     for e, n, part, into in zip(experts, sizes, rows.split(sizes), out.split(sizes), strict=True):
         if widen and n >= WIDEN_ROWS:
             wide = torch.empty_like(w[e], dtype=torch.float32) if wide is None else wide
