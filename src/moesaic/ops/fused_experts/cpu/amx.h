@@ -63,7 +63,6 @@ typedef struct {
     uint16_t tail[16][AMX_K];
 } left;
 
-/* rows beyond `n` repeat the last row's tail; their sums are not used, and the rows themselves are read from a copy */
 static void left_of(left *l, const char *rows, int64_t stride, int64_t K) {
     int64_t full = K / AMX_K * AMX_K;
     l->rows = rows, l->stride = stride;
@@ -107,7 +106,7 @@ static void amx_2x2(const left *w, const char *x0, const char *x1, int64_t K, fl
     _tile_stored(3, out[1][1], 64);
 }
 
-/* two left blocks by one panel; `next` are the same rows' successors, prefetched a line for every tile */
+/* two left blocks by one panel: `out[block][0]` */
 static void amx_2x1(const left *w, const char *x0, int64_t K, float out[2][2][256]) {
     int64_t k = 0, full = K / AMX_K * AMX_K;
     _tile_zero(0);
