@@ -100,6 +100,17 @@ def test_every_instruction_set(name, dtype, level, native):
         check(testing.make_inputs(case, 1, dtype).arguments())
 
 
+@pytest.mark.parametrize("pairs", (False, True), ids=("widened", "pairs"))
+def test_bf16_without_amx(pairs, monkeypatch, native):
+    """Rows widened in registers, and `vdpbf16ps`, which a CPU with AMX never chooses for itself."""
+    if pairs and not _cpu_build.load().pairs:
+        pytest.skip("this CPU has no AVX512-BF16")
+    monkeypatch.setattr(_cpu, "AMX_ROWS", 0)
+    monkeypatch.setattr(_cpu, "_pairs", lambda: pairs)
+    for H, I, tokens in ((63, 37, 21), (640, 96, 70), (33, 65, 1)):
+        check(testing.make_inputs(layer(H, I), tokens, torch.bfloat16).arguments())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(testing.adversarial_ids(5, 2, 19)))
 def test_adversarial_routings(name, dtype):
