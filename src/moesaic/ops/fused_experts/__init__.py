@@ -21,7 +21,7 @@ from ...routing import Routing
 
 __all__ = ["LAYOUTS", "fused_experts"]
 
-OP = Op("fused_experts", __name__, ("triton", "torch", "reference"))
+OP = Op("fused_experts", __name__, ("triton", "cpu", "torch", "reference"))
 LAYOUTS = ("concatenated", "interleaved")
 SIDES = ("output", "input")
 _FROM_ROUTING: Any = "routing"
