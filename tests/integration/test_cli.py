@@ -58,7 +58,8 @@ def test_env_json():
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["cpu"]["cores"] == os.cpu_count()
     for told in facts["implementations"]:
-        assert told["chosen"] == "torch" and "GPU" in told["reasons"]["triton"]
+        native = told["reasons"].get("cpu", "no such") is None  # where there is a compiler
+        assert told["chosen"] == ("cpu" if native else "torch") and "GPU" in told["reasons"]["triton"]
         assert told["reasons"]["torch"] is None
 
 
@@ -372,7 +373,16 @@ def test_demo_tells_its_story_in_plain_text(checkpoint, tmp_path):
 
 def test_demo_fails_when_a_layer_is_off(checkpoint, tmp_path):
     facts = value(
-        moesaic("demo", *TINY, "--checkpoint", str(checkpoint), "--out", str(tmp_path), "--json", before=PLANTED),
+        moesaic(
+            "demo",
+            *TINY,
+            "--checkpoint",
+            str(checkpoint),
+            "--out",
+            str(tmp_path),
+            "--json",
+            before=PLANTED + PLANTED.replace("_torch", "_cpu"),
+        ),
         code=1,
     )
     assert not facts["ok"]
