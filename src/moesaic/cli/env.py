@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from dataclasses import replace
@@ -79,7 +80,9 @@ def explained(problem: Problem) -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     flags = cpu_flags()
+    native = importlib.import_module("moesaic.ops.fused_experts._cpu_build")
     return {
+        "native_kernels": native.status(),
         "name": cpu_name(), "vendor": cpu_vendor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "features": [f for f in _CPU_FEATURES if f in flags],
     }  # fmt: skip
@@ -118,6 +121,7 @@ def _show(screen: Screen, facts: dict[str, Any]) -> None:
     facts_table.add_row(
         "CPU", f"{cpu['name']} ({cpu['cores']} cores, {cpu['threads']} threads): {' '.join(cpu['features'])}"
     )
+    facts_table.add_row("CPU kernels", cpu["native_kernels"])
     for gpu in facts["gpus"]:
         facts_table.add_row(f"GPU {gpu['index']}", _gpu_line(gpu))
     if not facts["gpus"]:
