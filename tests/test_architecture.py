@@ -19,10 +19,12 @@ FILES = sorted(SRC.rglob("*.py"))
 # A layer may import from its own and from earlier ones.
 LAYERS = (
     ("errors", "interpreter", "hardware"),
+    ("launcher",),
     ("launch",),
     ("activations", "formats"),
-    ("problem",),
+    ("guards",),
     ("op",),
+    ("problem",),
     ("routing",),
     ("ops",),
     ("flops",),
@@ -73,14 +75,14 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", sorted((SRC / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
 def test_operators_stay_apart(path):
-    op = path.parent.name
+    op = path.relative_to(SRC / "ops").parts[0]
     for name in imports(path):
         parts = name.split(".")
         if parts[:2] != ["moesaic", "ops"] or len(parts) < 4:
             continue
         if parts[2] != op:
             assert op == "fused_experts", f"{path} imports its sibling {name}; only fused_experts composes"
-            assert parts[3] == path.stem or path.stem == "__init__", f"{path} imports another backend: {name}"
+            assert parts[3] in (path.stem, "gpu") or path.stem == "__init__", f"{path} imports another backend: {name}"
         elif path.stem.startswith("_") and path.stem != "__init__":
             kinds = {"_reference", "_torch", "_triton"} - {path.stem}
             assert parts[3] not in kinds, f"{path} imports another backend: {name}"
@@ -95,7 +97,7 @@ def test_the_oracle_needs_torch_only(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_heavy_packages_are_imported_where_they_are_used(path):
-    if path.name.startswith("_triton") or path.name == "_tiles.py" or path.parts[-2] == "cli":
+    if path.name.startswith("_triton") or path.parent.name == "gpu" or path.parts[-2] == "cli":
         return
     for name in imports(path, top_level_only=True):
         if path.parts[-2] == "integrations" and name.startswith(path.stem):
@@ -116,7 +118,8 @@ def test_import_is_light_and_quick():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_files_and_functions_stay_small(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 420, f"{path} has {len(lines)} lines: one purpose a file"
+    kernels = path.name.startswith("_triton") or path.parent.name == "gpu"
+    assert len(lines) <= (600 if kernels else 420), f"{path} has {len(lines)} lines: one purpose a file"
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.FunctionDef):
             kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)

@@ -21,8 +21,8 @@ from .ops.route import (
     uniform_cross_entropy_loss,
     z_loss,
 )
-from .problem import Problem
 from .routing import Routing
+from .tuning import tune, warmup
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,6 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "MissingExtra",
-    "Problem",
     "RouterConfig",
     "Routing",
     "Unsupported",
@@ -47,8 +46,10 @@ __all__ = [
     "route",
     "sequence_balance_loss",
     "testing",
+    "tune",
     "uniform_cross_entropy_loss",
     "unpermute",
     "use",
+    "warmup",
     "z_loss",
 ]

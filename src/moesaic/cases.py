@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem
-
 
 @dataclass(frozen=True)
 class Case:
@@ -35,12 +33,12 @@ class Case:
             num_experts=min(num_experts, self.num_experts), top_k=min(self.top_k, num_experts),
         )  # fmt: skip
 
-    def problem(self, tokens: int, dtype: torch.dtype, device: str, arch: str, **options: Any) -> Problem:
-        """The call of `fused_experts` that this layer makes; `options` are other fields of a problem."""
-        return Problem(
-            "fused_experts", device, arch, dtype, tokens, self.top_k, self.num_experts, self.hidden_size,
-            self.intermediate_size, self.activation, self.layout == "interleaved", self.transposed, self.bias,
-            **options,
+    def problem(self, tokens: int, dtype: torch.dtype, device: str = "cpu", **options: Any) -> dict[str, Any]:
+        """The call of `fused_experts` that this layer makes, as `explain` takes it; `options` are other fields."""
+        return dict(
+            device=device, dtype=dtype, num_tokens=tokens, top_k=self.top_k, num_experts=self.num_experts,
+            hidden_size=self.hidden_size, intermediate_size=self.intermediate_size, activation=self.activation,
+            interleaved=self.layout == "interleaved", transposed=self.transposed, bias=self.bias, **options,
         )  # fmt: skip
 
     def flops(self, tokens: int) -> int:

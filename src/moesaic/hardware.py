@@ -10,7 +10,8 @@ import functools
 import importlib.util
 import os
 import platform
-from types import ModuleType
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from . import interpreter
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in ("triton", "tl") and interpreting():
         interpreter.mend()
     if name == "triton":
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> ModuleType:
         return importlib.import_module("triton.experimental.gluon")
     if name == "gl":
         return importlib.import_module("triton.experimental.gluon.language")
+    if name == "gluon_aggregate":  # private in Triton 3.6
+        return importlib.import_module("triton.language.core")._aggregate
+    if name == "base_value":
+        return importlib.import_module("triton.language.core").base_value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -68,6 +73,74 @@ def arch_of(device: torch.device) -> str:
 @functools.cache
 def sm_count(index: int = 0) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as choice sees it. Never timed: what is chosen fixes the bits.
+
+    `bandwidth` is its memory's in TB/s, `peak` the dense half-precision rate in TFLOP/s, as published.
+    """
+
+    arch: str
+    name: str = ""
+    processors: int = 132
+    bandwidth: float = 4.8
+    peak: float = 989.0
+
+
+# By the start of the driver's name, the longest that fits. To add a GPU, add a line; `moesaic tune` writes its choices.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("sm_80", "A100", 108, 2.0, 312.0),
+        Gpu("sm_90", "H100", 132, 3.35, 989.0),
+        Gpu("sm_90", "H100 PCIe", 114, 2.0, 756.0),
+        Gpu("sm_90", "H100 NVL", 132, 3.9, 835.0),
+        Gpu("sm_90", "H800", 132, 3.35, 989.0),
+        Gpu("sm_90", "H200", 132, 4.8, 989.0),
+        Gpu("sm_90", "GH200", 132, 4.0, 989.0),
+        Gpu("sm_90", "GH200 480GB", 132, 4.0, 989.0),
+        Gpu("sm_90", "GH200 144G HBM3e", 132, 4.9, 989.0),
+        Gpu("sm_90", "H20", 78, 4.0, 148.0),
+        Gpu("sm_100", "B200", 148, 8.0, 2250.0),
+        Gpu("sm_100", "GB200", 152, 8.0, 2500.0),
+    )
+}
+INTERPRETED = Gpu("cpu", "interpreter", 4)  # where Triton's interpreter runs the kernels
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    name = properties.name.removeprefix("NVIDIA ")
+    known = max((n for n in GPUS if name.startswith(n)), key=len, default="")
+    if known:
+        return replace(GPUS[known], arch=_cuda_arch(index), processors=properties.multi_processor_count)
+    kilohertz, bits = (getattr(properties, n, 0) for n in ("memory_clock_rate", "memory_bus_width"))
+    bandwidth = 2 * kilohertz * 1e3 * bits / 8 / 1e12 or Gpu.bandwidth
+    peak = Gpu.peak * properties.multi_processor_count / Gpu.processors
+    return Gpu(_cuda_arch(index), name, properties.multi_processor_count, bandwidth, peak)
+
+
+def gpu_named(name: str, arch: str = "") -> Gpu:
+    """A GPU that need not be there: by its name in GPUS, or by its architecture, of which it then is the first.
+
+    Raises:
+        ValueError: GPUS has none of that name.
+    """
+    if name and name not in GPUS:
+        raise ValueError(f"gpu: name must be one of {', '.join(GPUS)}, got {name!r}; or give its arch.")
+    if name:
+        return GPUS[name]
+    return next((gpu for gpu in GPUS.values() if gpu.arch == arch), Gpu(arch))
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU of a device: by name, else from the driver's attributes. Of a CPU, what the interpreter stands for."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return _gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,25 +1,29 @@
-"""Launch: a Triton kernel with everything fixed but its pointers and a few numbers.
+"""Kernel: a Triton kernel whose launches cost little and whose compiled variants are told apart by what they hang on.
 
 `kernel[grid](...)` inspects every argument at every call, which costs more host time than a decode step can hide. A
-`Launch` is made once for a problem (its makers are cached) and from its second call on goes to the compiled kernel.
+kernel is *bound* once to its compile-time arguments. The bound kernel keeps one entry for each set of things that a
+compiled variant depends on: device, dtypes, which pointers are None, strides. The grid and the counts come with the
+call, so that no entry hangs on how many tokens there are.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import hardware
+from . import hardware, launcher
 from .hardware import tl, triton
+from .launcher import WARM, Pending, state
 
 _INTERPRETING = hardware.interpreting()  # as it was when the kernels were made
-OVERLAP = True  # may a launch begin while the one before it ends, where a GPU can
+_current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else lambda: -1
+Pointer = Tensor | None
+Grid = tuple[int, int, int]
 
 
 def can_overlap(arch: str) -> bool:
@@ -51,6 +55,11 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def aligned(t: Tensor) -> Tensor:
+    """A copy of t with its strides, which begins at whole 16 bytes."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
 class TensorMap(NamedTuple):
     """How a kernel sees a pointer's memory: an array of `shape` and `strides`, in elements; one access moves a `box`.
 
@@ -72,105 +81,98 @@ class TensorMap(NamedTuple):
         return made(t, *parts, hardware.gl.NVMMASharedLayout.get_default_for(parts[2], dtype))
 
 
-@functools.cache
-def _knobs() -> Any:
-    """Triton's knobs where `_entry` knows how a compiled kernel is entered (3.5 and 3.6), else None."""
-    version = hardware.triton.__version__.split(".")[:2]
-    return hardware.triton.knobs.runtime if version in (["3", "5"], ["3", "6"]) else None
+class Kernel:
+    """A Triton kernel, read from its signature: pointers, strides, counts, constants, in this order.
 
-
-def _watched(knobs: Any) -> bool:
-    """Does a profiler hang on the launch hooks? Triton's own call pays for them even when nobody does."""
-    hook = knobs.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
-
-
-def _entry(compiled: Any) -> tuple[Any, tuple, Callable | None]:
-    """`(call, middle, encode)` such that `call(x, y, z, stream, *middle, *arguments)` launches a compiled kernel.
-
-    On NVIDIA with Triton 3.6 and no scratch memory that is the generated C function itself. It takes a tensor map as
-    several arguments, which `encode(n, descriptor)` makes of the kernel's n-th; None where Triton's own call does it.
-    """
-    run, hooks = compiled.run, (None, None, None)
-    if hardware.triton.__version__.startswith("3.6.") and hasattr(run, "launch_pdl"):
-        if run.global_scratch_size == run.profile_scratch_size == 0:
-            flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
-            call, encode, metas = run.launch, None, getattr(compiled.metadata, "tensordesc_meta", None)
-            wrapped = inspect.getclosurevars(call).nonlocals.get("launcher") if inspect.isfunction(call) else None
-            if metas and wrapped is not None:
-                call, driver = wrapped, importlib.import_module("triton.backends.nvidia.driver")
-                encode = functools.partial(_encode, driver, metas)
-            return call, (compiled.function, *flags, compiled.packed_metadata, *hooks), encode
-    return run, (compiled.function, compiled.packed_metadata, *hooks), None
-
-
-def _encode(driver: Any, metas: Any, n: int, descriptor: Any) -> list:
-    return driver.make_tensordesc_arg(descriptor, metas[n])
-
-
-class Launch:
-    """`kernel[grid](*pointers, *numbers, *constants)`.
-
-    Args:
-        constants: the compile-time arguments, which come last in the kernel's signature.
-        overlaps: does the kernel take OVERLAP behind them, and `follow` the launch before it?
-        maps: which pointers the kernel takes as tensor maps, by their places.
-        options: the compiler's and the launcher's, beside warps and stages.
-
-    A launch is called with pointers (tensors of one device, or None; a tensor first) and numbers. From call to call,
-    the pointers' dtypes, which of them are None, and the numbers that the kernel specialises on must not change;
-    numbers that do change must be in its `do_not_specialize` and below 2^31.
+    Constants are annotated `constexpr`; counts stand in `do_not_specialize` (they vary from call to call, and lie
+    below 2^31); the compiler may look at strides. A last constant `OVERLAP` says that the kernel begins with `follow`.
     """
 
-    __slots__ = ("_entries", "_maps", "constants", "grid", "kernel", "options", "overlaps")
+    def __init__(self, function: Any):
+        self.function = function
+        parameters = inspect.signature(function.fn).parameters.values()
+        constant = [p.name for p in parameters if "constexpr" in str(p.annotation)]
+        self.name: str = function.fn.__name__
+        self.arguments = [p.name for p in parameters if p.name not in constant]
+        self.overlaps = constant[-1:] == ["OVERLAP"]
+        self.constants = constant[: len(constant) - self.overlaps]
+        # annotated ints of an interpreted kernel say nothing; a compiled one knows what it does not look at
+        self.counts = [p.name for p in getattr(function, "params", ()) if p.do_not_specialize]
+        self._bound: dict[Hashable, Bound] = {}
+        if self.counts and self.arguments[-len(self.counts) :] != self.counts:
+            raise TypeError(f"{self.name}: counts must follow the strides, got {self.arguments}.")
 
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        constants: tuple,
-        num_warps: int = 4,
-        num_stages: int = 3,
-        maps: dict[int, TensorMap] | None = None,
-        overlaps: bool = False,
-        **options: Any,
-    ):
-        self.kernel, self.grid, self.constants, self.overlaps = kernel, grid, constants, overlaps
-        self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-        self._entries: dict[tuple[int, bool], tuple[Any, ...]] = {}
+    def bind(
+        self, *, num_warps: int = 4, num_stages: int = 3, maps: dict[str, TensorMap] | None = None, **constants: Any
+    ) -> Bound:
+        """The kernel with its constants by name, and the pointers that it takes as tensor maps."""
+        if sorted(constants) != sorted(self.constants):
+            odd = sorted(set(constants) ^ set(self.constants))
+            raise TypeError(f"{self.name}: bind must name every constant once, got {', '.join(odd)} too few or many.")
+        values = tuple(constants[name] for name in self.constants)
+        key = (values, num_warps, num_stages, tuple((maps or {}).items()))
+        if key not in self._bound:
+            self._bound[key] = Bound(self, values, dict(num_warps=num_warps, num_stages=num_stages), maps or {})
+        return self._bound[key]
+
+
+class Bound:
+    """A kernel with constants: `bound(grid, pointers, strides, counts)` launches it.
+
+    `pointers` are tensors of one device, or None; the first is a tensor.
+    """
+
+    __slots__ = ("_entries", "_maps", "constants", "kernel", "options")
+
+    def __init__(self, kernel: Kernel, constants: tuple[Any, ...], options: dict[str, Any], maps: dict[str, TensorMap]):
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self._entries: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         # (number, place, map, its arguments by address) of each, the last first: one becomes several arguments
-        numbered = enumerate(sorted((maps or {}).items()))
-        self._maps = [(n, place, tensor_map, {}) for n, (place, tensor_map) in numbered][::-1]
+        placed = sorted((kernel.arguments.index(name), tensor_map) for name, tensor_map in maps.items())
+        self._maps = [(n, place, tensor_map, {}) for n, (place, tensor_map) in enumerate(placed)][::-1]
 
-    def __call__(self, pointers: tuple[Any, ...], numbers: tuple[int, ...] = ()) -> None:
-        if _INTERPRETING:
-            self.kernel[self.grid](*self._for_triton(pointers), *numbers, *self.constants, *[False] * self.overlaps)
+    def __call__(
+        self, grid: Grid, pointers: tuple[Pointer, ...], strides: tuple[int, ...] = (), counts: tuple[int, ...] = ()
+    ) -> None:
+        pending = state.pending
+        if pending is not None and pending is not WARM:
+            pending.add(self, pointers, strides, counts)
             return
-        device = pointers[0].get_device()
-        if device != torch._C._cuda_getDevice():
+        if _INTERPRETING:
+            given = self._for_triton(pointers)
+            self.kernel.function[grid](*given, *strides, *counts, *self.constants, *[False] * self.kernel.overlaps)
+            return
+        device = pointers[0].get_device()  # pyright: ignore[reportOptionalMemberAccess]
+        if device != _current_device():
             with torch.cuda.device(device):
-                self(pointers, numbers)
+                self(grid, pointers, strides, counts)
             return
         # plain addresses spare the C side a method call and a driver's question each
-        arguments, bits = [], 0
-        for pointer in pointers:
-            address = 0 if pointer is None else pointer.data_ptr()
+        arguments: list[Any] = [0 if p is None else p.data_ptr() for p in pointers]
+        bits = 0
+        for address in arguments:
             bits |= address
-            arguments.append(address)
-        aligned = not bits & 15  # which a compiled kernel relies on
-        entry = self._entries.get((device, OVERLAP))
-        if entry is None or not aligned:
-            constants, options = self.constants, self.options
-            if self.overlaps:
-                overlap = OVERLAP and can_overlap(hardware.arch_of(torch.device("cuda", device)))
-                constants, options = (*constants, overlap), options | (dict(launch_pdl=True) if overlap else {})
-            compiled = self.kernel[self.grid](*self._for_triton(pointers), *numbers, *constants, **options)
-            if aligned:
-                self._entries[device, OVERLAP] = (compiled, _knobs(), *_entry(compiled), constants)
+        if bits & 15:  # compiled kernels load 16 bytes at a time; what is written is ours and begins where it should
+            self(
+                grid, tuple(p if p is None or not p.data_ptr() & 15 else aligned(p) for p in pointers), strides, counts
+            )
+            return
+        key = (device, state.overlap, strides, *[None if p is None else p.dtype for p in pointers])
+        entry = self._entries.get(key)
+        if entry is None:
+            if pending is not None:
+                state.pending = Pending()
+                state.pending.add(self, pointers, strides, counts)
+                return
+            constants, options = self._finished(device)
+            given = self._for_triton(pointers)
+            compiled = self.kernel.function[grid](*given, *strides, *counts, *constants, **options)
+            self._entries[key] = (compiled, launcher.knobs(), *launcher.entry(compiled), constants)
             return
         compiled, knobs, call, middle, encode, constants = entry
-        if knobs is None or _watched(knobs) or (self._maps and encode is None):
-            compiled[self.grid](*self._for_triton(pointers), *numbers, *constants)
+        hook = None if knobs is None else knobs.launch_enter_hook  # a profiler's
+        if knobs is None or (hook is not None and launcher.watched(hook)) or (self._maps and encode is None):
+            compiled[grid](*self._for_triton(pointers), *strides, *counts, *constants)
             return
         for n, place, tensor_map, made in self._maps:
             address = arguments[place]
@@ -178,13 +180,28 @@ class Launch:
             if encoded is None:
                 if len(made) >= 1024:  # those of the last calls are kept
                     made.clear()
-                encoded = made[address] = encode(n, tensor_map.descriptor(pointers[place]))
+                encoded = made[address] = encode(n, tensor_map.descriptor(pointers[place]))  # pyright: ignore[reportArgumentType]
             arguments[place : place + 1] = encoded
         stream = torch._C._cuda_getCurrentRawStream(device)
-        call(*self.grid, stream, *middle, *arguments, *numbers, *constants)
+        call(*grid, stream, *middle, *arguments, *strides, *counts, *constants)
 
-    def _for_triton(self, pointers: tuple[Any, ...]) -> list:
-        given = list(pointers)
+    def _finished(self, device: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Constants and options as they are on a device."""
+        if not self.kernel.overlaps:
+            return self.constants, self.options
+        early = state.overlap and can_overlap(hardware.arch_of(torch.device("cuda", device)))
+        return (*self.constants, early), self.options | (dict(launch_pdl=True) if early else {})
+
+    def _for_triton(self, pointers: tuple[Pointer, ...]) -> list[Any]:
+        given: list[Any] = list(pointers)
         for _, place, tensor_map, _ in self._maps:
             given[place] = tensor_map.descriptor(given[place])
         return given
+
+    def warmup(self, dtypes: tuple[torch.dtype | None, ...], strides: tuple[int, ...], counts: tuple[int, ...]) -> None:
+        """Have Triton compile what a launch on the current device with such pointers will run; nothing is launched."""
+        given: list[Any] = list(dtypes)
+        for _, place, tensor_map, _ in self._maps:
+            given[place] = tensor_map.descriptor(torch.empty(0, dtype=dtypes[place]))
+        constants, options = self._finished(torch.cuda.current_device())
+        self.kernel.function.warmup(*given, *strides, *counts, *constants, grid=(1, 1, 1), **options)

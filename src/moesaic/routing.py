@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_shape
-from .op import run
+from .problem import run
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from torch.autograd import DeviceType
 from moesaic.bench import Plan, Row, harness, peers, report, run, timing
 from moesaic.bench.layer import Layer, case_named
 from moesaic.cli.screen import Screen
-from moesaic.problem import Problem
+from moesaic.hardware import gpu_named
+from moesaic.ops.fused_experts import FusedExpertsProblem
+from moesaic.ops.grouped_matmul.gpu.spec import Config
 
 verb = importlib.import_module("moesaic.cli.bench")
 ROOT = Path(__file__).parents[2]
@@ -150,23 +152,25 @@ def test_padding_rounds_every_expert_up_to_the_tile(monkeypatch, tile, loads, ex
     experts = importlib.import_module("moesaic.ops.fused_experts._triton")
     asked = []
 
-    def config(*arguments):
-        asked.append(arguments)
-        return experts.products.Config(tile, 64, 64, 4, 3)
+    def chosen(spec, sorts, kernel):
+        asked.append(spec)
+        config = Config(tile, 64, 64, 4, 3)
+        return SimpleNamespace(choice=lambda rows: SimpleNamespace(config=config))
 
-    monkeypatch.setattr(experts.products, "choose", config)
-    problem = Problem("fused_experts", "cuda", "sm_90", torch.bfloat16, 64, 2, 4, 96, 80, "swiglu")
+    monkeypatch.setattr(experts.gpu, "choices", chosen)
+    problem = FusedExpertsProblem("cuda", gpu_named("H200"), torch.bfloat16, 64, 2, 4, 96, 80)
     assert experts.padding(problem, list(loads)) == pytest.approx(extra / max(sum(loads), 1))
-    product = experts.products.Product(128, 4, 160, 96, 80, 64, False)
-    assert asked == [("sm_90", torch.bfloat16, False, product)]  # what the up product runs
+    assert [(s.experts, s.width, s.K, s.top_k) for s in asked] == [(4, 160, 96, 2)]  # the up product
 
 
 def test_padding_of_a_row_is_that_of_its_implementation(monkeypatch):
     layer = Layer.make(case_named("olmoe-small"), torch.float32, CPU)
     batches = layer.batches(6)
     assert peers.padding("torch", layer, batches) is None
-    module = SimpleNamespace(padding=lambda problem, loads: problem.num_slots + max(loads))
+    module = SimpleNamespace(padding=lambda problem, loads: sum(loads) + max(loads))
+    explained = peers.explanation(layer, 6)
     monkeypatch.setattr(peers.OPS["fused_experts"], "implementation", lambda name: module)
+    monkeypatch.setattr(peers, "explanation", lambda layer, tokens: explained)
     most = [int(batch.ids_long.flatten().bincount().max()) for batch in batches]
     assert peers.padding("triton", layer, batches) == pytest.approx(6 * layer.case.top_k + sum(most) / len(most))
 

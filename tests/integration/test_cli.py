@@ -161,12 +161,12 @@ def test_verify_passes_and_reports_the_distribution():
 
 PLANTED = """
 import moesaic.ops.fused_experts._torch as backend
-right = backend.fused_experts
-def wrong(x, *rest):
-    y, hidden = right(x, *rest)
+right = backend.forward
+def wrong(*arguments):
+    (y,), saved = right(*arguments)
     y[-1:] *= 1.05  # one token, five per cent
-    return y, hidden
-backend.fused_experts = wrong
+    return (y,), saved
+backend.forward = wrong
 """
 
 
@@ -381,7 +381,7 @@ def test_demo_fails_when_a_layer_is_off(checkpoint, tmp_path):
             "--out",
             str(tmp_path),
             "--json",
-            before=PLANTED + PLANTED.replace("_torch", "_cpu"),
+            before=PLANTED + PLANTED.replace("_torch", "_cpu").replace("right", "native").replace("wrong", "off"),
         ),
         code=1,
     )

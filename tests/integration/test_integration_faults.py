@@ -421,7 +421,6 @@ def test_formulas_are_there_whatever_is_imported_first(first):
     assert out.split() == [str(len(moesaic.flops.FORMULAS)), "False"]
 
 
-@pytest.mark.xfail(reason="op.eager does not see torch.jit.trace yet")
 @pytest.mark.parametrize("kind", ("layer", "operators"))
 def test_jit_trace(kind):
     """One trace serves every number of tokens."""
@@ -453,7 +452,6 @@ def test_one_exported_graph_of_experts_for_any_number_of_tokens(strict):
             assert torch.equal(program.module()(x, ids, weights), experts(x, ids, weights))
 
 
-@pytest.mark.xfail(reason="the gate compares the number of tokens before it asks whether a tracer watches")
 @pytest.mark.parametrize("strict", (False, True))
 @pytest.mark.parametrize("shape", ((24, H), (2, 12, H)))
 def test_one_exported_graph_of_a_layer_for_any_number_of_tokens(shape, strict):
@@ -470,7 +468,6 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.xfail(reason="the gate compares the number of tokens before it asks whether a tracer watches")
 def test_a_layer_compiles_twice_at_most_for_any_number_of_tokens():
     """One token is a graph of its own, since torch specialises a size of 1."""
     torch._dynamo.reset()
@@ -484,7 +481,6 @@ def test_a_layer_compiles_twice_at_most_for_any_number_of_tokens():
     assert graphs() == 2
 
 
-@pytest.mark.xfail(reason="the schema of the route operator has sequences as an int")
 def test_batches_of_sequences_share_a_compiled_graph():
     """The first is compiled as it comes, the second makes the batch a symbol."""
     torch._dynamo.reset()

@@ -329,7 +329,7 @@ def test_report_says_why_a_layer_is_composed():
     lines = {line.name: line for line in integration.report(model, tokens=1, training=True).lines}
     assert [lines[n].path for n in ("capped", "normed", "plain")] == ["composed", "composed", "fused"]
     assert "is not in ACTIVATIONS" in lines["capped"].why and "norm" in lines["normed"].why
-    assert lines["capped"].choice.problem.op == "grouped_matmul" and lines["plain"].activation == "relu2"
+    assert "grouped_matmul" in str(lines["capped"].choice) and lines["plain"].activation == "relu2"
 
 
 def test_report_lists_experts_that_cannot_be_reached():

@@ -170,21 +170,28 @@ def _mixed(words: Tensor, start: int) -> Tensor:
     return words.sum()
 
 
+NAMES = {"pointer": "plain", "persistent_tma": "persistent", "swap_ab_sm90": "swapped"}  # as the first record has them
+
+
 def choice(job: Job, tokens: int, training: bool) -> str:
-    """What the library chose for a call, in words: its tiles, or where these are not to be had, what it explains."""
-    arch = "cpu" if job.device == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability())
-    problem = job.case.problem(tokens, DTYPES[job.dtype], job.device, arch, training=training)
-    try:
-        experts = importlib.import_module("moesaic.ops.fused_experts._triton")
-    except ModuleNotFoundError:
-        experts = None
-    if not hasattr(experts, "default_config"):
-        return str(moesaic.explain("fused_experts", problem))
+    """What the library chose for a call, in words: its tiles, or where Triton does not run, what it explains."""
+    case, act = job.case, moesaic.ACTIVATIONS[job.case.activation]
+    given = dict(
+        device=job.device, dtype=DTYPES[job.dtype], num_tokens=tokens, top_k=case.top_k, num_experts=case.num_experts,
+        hidden_size=case.hidden_size, intermediate_size=case.intermediate_size, bias=case.bias,
+        activation=case.activation, alpha=act.alpha, limit=act.limit, interleaved=case.layout == "interleaved",
+        transposed=case.transposed, training=training,
+    )  # fmt: skip
+    explained = moesaic.explain("fused_experts", **given)
+    if explained.chosen != "triton":
+        return str(explained)
+    experts = importlib.import_module("moesaic.ops.fused_experts._triton")
     parts = []
-    for what, c in zip(("up", "down"), experts.default_config(problem), strict=True):
-        sorts = "sorted " if what == "up" and experts._sorts(problem) else ""
+    for what, spec in zip(("up", "down"), experts._contiguous(explained.problem), strict=True):
+        found = experts.gpu.choices(spec, what == "up").choice(tokens * case.top_k)
+        c, sorts = found.config, "sorted " * found.sorts
         tile = f"{c.block_m}x{c.block_n}x{c.block_k} warps={c.num_warps} stages={c.num_stages} group={c.group_m}"
-        parts.append(f"{what}: {sorts}{c.kernel} {tile}")
+        parts.append(f"{what}: {sorts}{NAMES[found.kernel]} {tile}")
     return "; ".join(parts)
 
 

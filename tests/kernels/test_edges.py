@@ -243,19 +243,28 @@ def test_all_operators_trace_into_one_graph(implementation, device):
 def test_opcheck_of_backward_operators(needed, implementation, device):
     inputs = make_inputs(replace(CASE, top_k=2), 6, FP32, device)
     r, act, ops = inputs.routing, ACTIVATIONS["swiglu"], torch.ops.moesaic
-    tables = (r.row_order, r.row_index, r.expert_offsets)
+    tables = {"row_order": r.row_order, "row_index": r.row_index, "expert_offsets": r.expert_offsets}
     weights = r.topk_weights.double()  # in another dtype than x, as their gradient must be
-    plain = (inputs.x, inputs.w_gate_up, inputs.w_down, weights, inputs.b_gate_up, inputs.b_down)
+    layer = dict(
+        x=inputs.x, w_gate_up=inputs.w_gate_up, w_down=inputs.w_down, weights=weights,
+        b_gate_up=inputs.b_gate_up, b_down=inputs.b_down, residual=None,
+        activation="swiglu", alpha=act.alpha, limit=act.limit, interleaved=False,
+    )  # fmt: skip
+    product = dict(transposed=False, allow_tf32=False, batch_invariant=False)
     hidden, rows = torch.randn(12, 38, device=device), torch.randn(12, 37, device=device)
-    options = ("swiglu", act.alpha, act.limit, False, False, False, False, [needed] * 6)
+    y = torch.randn_like(inputs.x)
     calls = {
-        ops.fused_experts_backward: (torch.randn_like(inputs.x), hidden, *plain, *tables, *options),
-        ops.grouped_matmul_backward: (hidden, rows, inputs.w_gate_up, r.expert_offsets, inputs.b_gate_up,
-                                      *[False] * 3, [needed] * 3),
-        ops.unpermute_backward: (inputs.x, rows, r.topk_weights, *tables, 2),
-        ops.route_backward: (torch.randn(6, 2, device=device), torch.randn(2, 5, device=device),
-                             torch.randn(2, device=device), torch.randn(6, 5, device=device), r.topk_ids,
-                             *RouterConfig(2).core(), needed),
+        ops.fused_experts_backward: dict(grad_y=y, saved_preact=hidden, **layer, **product, **tables,
+                                         needs=[needed] * 6 + [False]),
+        ops.grouped_matmul_backward: dict(grad_out=hidden, rows=rows, w=inputs.w_gate_up, bias=inputs.b_gate_up,
+                                          expert_offsets=r.expert_offsets, **product, needs=[needed] * 3),
+        ops.unpermute_backward: dict(grad_y=y, rows=rows, weights=r.topk_weights, **tables, top_k=2,
+                                     needs=[needed] * 2),
     }  # fmt: skip
-    for op, args in calls.items():
-        torch.library.opcheck(op, (*args, implementation))
+    for op, arguments in calls.items():
+        torch.library.opcheck(op, (), {**arguments, "implementation": implementation})
+    torch.library.opcheck(
+        ops.route_backward,
+        (torch.randn(6, 2, device=device), torch.randn(2, 5, device=device), torch.randn(2, device=device),
+         torch.randn(6, 5, device=device), r.topk_ids, *RouterConfig(2).core(), needed, implementation),
+    )  # fmt: skip

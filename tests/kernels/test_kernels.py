@@ -425,42 +425,57 @@ def test_grouped_matmul(kind, transposed, bias, implementation, device):
 def op_calls(device, implementation):
     inputs = make_inputs(case_of(GPT, 17, 8, 3, 2), 5, torch.float32, device)
     r, ops = inputs.routing, torch.ops.moesaic
-    tables = (r.row_order, r.row_index, r.expert_offsets)
+    tables = {"row_order": r.row_order, "row_index": r.row_index, "expert_offsets": r.expert_offsets}
 
     def leaf(*shape):
         return torch.randn(*shape, device=device, requires_grad=True)
 
+    def named(**arguments):
+        return {**arguments, **tables, "implementation": implementation}
+
     args, _ = leaves(inputs)
-    layer = [args[k] for k in ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")]
-    options = ("swiglu_oai", 1.702, 7.0, True, True, False, False)
+    layer = {k: args[k] for k in ("x", "w_gate_up", "w_down", "weights", "b_gate_up", "b_down")}
+    plain = {k: t.detach() for k, t in layer.items()}
+    options = dict(
+        activation="swiglu_oai", alpha=1.702, limit=7.0, interleaved=True, transposed=True, allow_tf32=False,
+        batch_invariant=False,
+    )  # fmt: skip
     config = RouterConfig(2).core()
     for residual in (None, leaf(5, 17)):
-        yield ops.fused_experts, (*layer, *tables, residual, *options, True, implementation)
+        yield ops.fused_experts, (), named(**layer, residual=residual, **options, keep=True)
     # only the residual has a gradient, and nothing is kept for the others
-    yield ops.fused_experts, (*(t.detach() for t in layer), *tables, leaf(5, 17), *options, False, implementation)
-    hidden = torch.randn(10, 16, device=device)
-    plain = [t.detach() for t in layer]
+    yield ops.fused_experts, (), named(**plain, residual=leaf(5, 17), **options, keep=False)
     yield (
         ops.fused_experts_backward,
-        (leaf(5, 17).detach(), hidden, *plain, *tables, *options, [True] * 6, implementation),
+        (),
+        named(
+            grad_y=leaf(5, 17).detach(),
+            saved_preact=torch.randn(10, 16, device=device),
+            **plain,
+            residual=None,
+            **options,
+            needs=[True] * 6 + [False],
+        ),
     )
-    yield ops.route, (leaf(5, 6), None, None, *config, 6, 1, False, implementation)
-    yield ops.route, (leaf(6, 6), None, r.topk_ids.new_tensor([[0, 1]] * 6), *config, 5, 2, True, implementation)
+    yield ops.route, (leaf(5, 6), None, None, *config, 6, 1, False, implementation), {}
+    yield ops.route, (leaf(6, 6), None, r.topk_ids.new_tensor([[0, 1]] * 6), *config, 5, 2, True, implementation), {}
     ragged = RouterConfig(3, "sigmoid", policy="top_p", threshold=0.4).core()
-    yield ops.route, (leaf(6, 8), leaf(8).detach(), None, *ragged, 8, 3, True, implementation)
-    yield ops.expert_index, (r.topk_ids, 3, implementation)
-    yield ops.permute, (leaf(5, 7), *tables, 2, implementation)
+    yield ops.route, (leaf(6, 8), leaf(8).detach(), None, *ragged, 8, 3, True, implementation), {}
+    yield ops.expert_index, (r.topk_ids, 3, implementation), {}
+    yield ops.permute, (), named(x=leaf(5, 7), top_k=2, keep=True)
+    yield ops.unpermute, (), named(rows=leaf(10, 7), weights=leaf(5, 2), top_k=2, keep=True)
     p = r.to_capacity(4)
-    padded = (p.row_order, p.row_index, p.expert_offsets)
-    yield ops.permute, (leaf(5, 7), *padded, 2, implementation)
-    yield ops.unpermute, (leaf(12, 7), leaf(5, 2), *padded, 2, implementation)
-    yield ops.unpermute, (leaf(10, 7), leaf(5, 2), *tables, 2, implementation)
+    padded = {"row_order": p.row_order, "row_index": p.row_index, "expert_offsets": p.expert_offsets}
+    yield ops.permute, (), named(x=leaf(5, 7), top_k=2, keep=True) | padded
+    yield ops.unpermute, (), named(rows=leaf(12, 7), weights=leaf(5, 2), top_k=2, keep=True) | padded
+    product = dict(transposed=False, allow_tf32=False, batch_invariant=False, keep=True, implementation=implementation)
     yield (
         ops.grouped_matmul,
-        (leaf(10, 7), leaf(3, 8, 7), r.expert_offsets, leaf(3, 8), False, False, False, implementation),
+        (leaf(10, 7), leaf(3, 8, 7), leaf(3, 8), r.expert_offsets),
+        product,
     )
 
 
 def test_opcheck(implementation, device):
-    for op, args in op_calls(device, implementation):
-        torch.library.opcheck(op, args)
+    for op, args, kwargs in op_calls(device, implementation):
+        torch.library.opcheck(op, args, kwargs)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moesaic import Routing, fused_experts, grouped_matmul, hardware
-from moesaic.problem import Problem
 from moesaic.testing import assert_close
 
 
@@ -27,7 +26,9 @@ def guarded(t: torch.Tensor, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [1, 40], ids=["by row", "by expert"])
 def test_dropped_rows_meet_no_matrix(tokens, device):
     """They lie behind the last expert's, whose matrix may end the allocation: what is not asked for is not written."""
-    from moesaic.ops.grouped_matmul import _triton as products
+    from moesaic.ops.grouped_matmul import gpu
+    from moesaic.ops.grouped_matmul.gpu.schedule import TileTable
+    from moesaic.ops.grouped_matmul.gpu.spec import Config, GemmSpec
 
     E, K, N, width = 3, 2, 24, 32
     ids = torch.randint(0, E, (tokens, K), generator=torch.Generator().manual_seed(0))
@@ -35,12 +36,10 @@ def test_dropped_rows_meet_no_matrix(tokens, device):
     routing = Routing.from_topk(None, ids.to(device), E)
     w = guarded(torch.randn(E, N, width), device)
     rows = torch.randn(tokens * K, width).to(device)
-    problem = Problem("grouped_matmul", device, hardware.arch_of(torch.device(device)), rows.dtype, tokens * K, 1, E,
-                      width, N)  # fmt: skip
     poison = torch.full((tokens * K, N), 7.0, device=device)
-    config = products.Config(16, 32, 32, 4, 2)
-    plan = products.plan(problem, config, tokens * K, tokens * K, N, width, False, (width, *w.stride()), True, -1)
-    plan.launch((rows, None, w, None, poison, None, routing.expert_offsets), plan.numbers)
+    spec = GemmSpec(hardware.gpu_of(rows.device), rows.dtype, E, N, width, (width, *w.stride()))
+    gemm = gpu.make(spec, gpu.Choice("pointer", Config(16, 32, 32, 4, 2)))
+    gemm.run(poison, rows, w, TileTable(routing.expert_offsets, tokens * K), None, None, None, None)
     live = int(routing.expert_offsets[-1])
     want = grouped_matmul(rows.double(), w.double(), routing, implementation="reference")
     assert_close(poison[:live], want[:live], width)

@@ -7,29 +7,41 @@ import torch
 
 from moesaic import Routing, Unsupported, grouped_matmul, hardware
 from moesaic.activations import ACTIVATIONS, apply
-from moesaic.ops.grouped_matmul._configs import (
-    TALL,
-    WIDE,
-    Config,
-    Product,
-    configs,
-    expected_rows,
-    gemm_config,
-)
-from moesaic.problem import Problem
 from moesaic.testing import assert_close
 
-products = None
+gpu = schedule = Config = Epilogue = GemmSpec = None
+SM90 = hardware.Gpu("sm_90", "H200", 4)
 
 
 @pytest.fixture(autouse=True)
 def kernels(device):
-    global products
+    global gpu, schedule, Config, Epilogue, GemmSpec
     if reason := hardware.triton_why_not(device, hardware.arch_of(torch.device(device))):
         pytest.skip(reason)
-    from moesaic.ops.grouped_matmul import _triton
+    from moesaic.ops.grouped_matmul import gpu as choice
+    from moesaic.ops.grouped_matmul.gpu import schedule as tables
+    from moesaic.ops.grouped_matmul.gpu import spec
 
-    products = _triton
+    gpu, schedule, Config, Epilogue, GemmSpec = choice, tables, spec.Config, spec.Epilogue, spec.GemmSpec
+
+
+def epilogue(name: str | None, interleaved: bool = False, **more):
+    if name is None:
+        return Epilogue(**more)
+    act = ACTIVATIONS[name]
+    return Epilogue(name, act.alpha, act.limit, interleaved, **more)
+
+
+def product(kernel, config, x, w, offsets, *, gather=None, top_k=0, bias=None, preact=None, scale=None, **fields):
+    """A product by one kernel with one tile; w is a view (E, width, K)."""
+    e = fields.pop("epilogue", None) or Epilogue(bias=bias is not None)
+    N = w.shape[1] // 2 if e.gated else w.shape[1]
+    place = hardware.gpu_of(x.device) if x.is_cuda else SM90
+    spec = GemmSpec(place, x.dtype, w.shape[0], N, w.shape[2], (x.stride(0), *w.stride()),
+                    top_k=top_k if gather is not None else 0, epilogue=e, **fields)  # fmt: skip
+    rows = gather.shape[0] if gather is not None and top_k else x.shape[0]
+    gemm = gpu.make(spec, gpu.Choice(kernel, config))
+    return gemm(x, w, schedule.TileTable(offsets, rows), gather, bias, preact, scale)
 
 
 def counts_to_ids(counts) -> torch.Tensor:
@@ -54,10 +66,7 @@ def test_product_of_any_tile(counts, tile, device):
     routing = Routing.from_topk(None, counts_to_ids(counts).to(device), E)
     R = sum(counts)
     rows, w = torch.randn(R, K, generator=g).to(device), torch.randn(E, N, K, generator=g).to(device)
-    problem = Problem("grouped_matmul", device, hardware.arch_of(torch.device(device)), rows.dtype, R, 1, E, K, N)
-    config = products.Config(m, n, k, 4, 2, group)
-    tiles = products.TileTable(routing.expert_offsets, R)
-    out = products.gemm(rows, w, False, tiles, problem, N=N, K=K, zero_tail=True, config=config)
+    out = product("pointer", Config(m, n, k, 4, 2, group), rows, w, routing.expert_offsets, zero_tail=True)
     want = grouped_matmul(rows.double(), w.double(), routing, implementation="reference")
     assert_close(out, want, K)
 
@@ -74,24 +83,26 @@ def test_gathered_product_with_activation(activation, interleaved, tile, device)
     routing = Routing.from_topk(None, ids.to(device), E)
     x, w = (t.to(device, torch.bfloat16) for t in (torch.randn(T, H, generator=g),
                                                    torch.randn(E, act.width(I), H, generator=g) / 5))  # fmt: skip
-    arch = hardware.arch_of(torch.device(device))
-    problem = Problem("fused_experts", device, arch, x.dtype, T, top_k, E, H, I, activation, interleaved, training=True)
-    hidden = torch.full((T * top_k, act.width(I)), float("nan"), dtype=x.dtype, device=device)
-    out = products.gemm(
-        x, w, False, products.TileTable(routing.expert_offsets, T * top_k), problem, N=I, K=H,
-        gather=routing.row_order, top_k=top_k, activation=act, hidden=hidden,
-        config=products.Config(m, n, k, 4, 2, group),
+    preact = torch.full((T * top_k, act.width(I)), float("nan"), dtype=x.dtype, device=device)
+    out = product(
+        "pointer", Config(m, n, k, 4, 2, group), x, w, routing.expert_offsets, gather=routing.row_order, top_k=top_k,
+        preact=preact, epilogue=epilogue(activation, interleaved, preact=True),
     )  # fmt: skip
     rows = x.double()[routing.row_order.long() // top_k]
     want = grouped_matmul(rows, w.double(), routing, implementation="reference")
-    assert_close(hidden, want, H, name="hidden")
+    assert_close(preact, want, H, name="preact")
     assert_close(out, apply(act, want, interleaved), H, name="activations")
 
 
-@pytest.mark.parametrize("config", [TALL, WIDE, Config(64, 128, 64, 4, 4)], ids=str)
-def test_expected_rows(config):
+TALL, WIDE = (128, 256, 64, 4, 4, 16, 32), (256, 128, 64, 4, 4, 16, 32)
+
+
+@pytest.mark.parametrize("numbers", [TALL, WIDE, (64, 128, 64, 4, 4)], ids=str)
+def test_expected_rows(numbers):
     """Against counting: rows of 64 experts drawn many times."""
-    g = torch.Generator().manual_seed(0)
+    from moesaic.ops.grouped_matmul.gpu.cost import expected_rows
+
+    g, config = torch.Generator().manual_seed(0), Config(*numbers)
     for mean in (0.3, 4, 60, 200, 700):
         counts = torch.poisson(torch.full((20000,), float(mean)), generator=g)
         cost = {n: config.padded(n)[0] + 20 * config.padded(n)[1] for n in {int(n) for n in counts}}
@@ -110,12 +121,13 @@ def read(table):
     return cells[:used], cells[used : used + 1024]
 
 
-@pytest.mark.parametrize("config", [TALL, WIDE], ids=str)
-def test_padding_is_what_the_table_says(config, device):
+@pytest.mark.parametrize("numbers", [TALL, WIDE], ids=str)
+def test_padding_is_what_the_table_says(numbers, device):
     """For every number of rows: heights of the table, rounded to what the kernel multiplies."""
+    config = Config(*numbers)
     for count in (*range(1, 700, 13), 256, 272, 288, 289, 320, 321, 512, 544, 576):
         offsets = torch.tensor([0, count], dtype=torch.int32, device=device)
-        table = products.TileTable(offsets, count).of(config.block_m, 1, 16, config.slack)
+        table = schedule.TileTable(offsets, count).of(schedule.Tiles(config.block_m, 1, 16, config.slack))
         heights = [height for _, _, height, _ in read(table)[0]]
         full = config.block_m
         tails = [h for h in heights if h > full]
@@ -125,17 +137,18 @@ def test_padding_is_what_the_table_says(config, device):
         assert config.padded(count) == (rows, len(tails) + sum(h < full for h in whole))
 
 
+def spec_of(place, dtype=torch.bfloat16, E=64, N=1024, K=2048, top_k=0, **fields):
+    return GemmSpec(place, dtype, E, N, K, (K, N * K, K, 1), top_k=top_k, **fields)
+
+
 @pytest.mark.parametrize("gathered", [True, False])
 def test_tiles_grow_with_the_rows(gathered):
-    """From few rows to many no step back, and none between neighbours by more than the tiles' own difference."""
-    heights = []
-    for rows in [2**i for i in range(15)] + [3 * 2**i for i in range(13)]:
-        R = rows * 64
-        config = gemm_config("sm_90", torch.bfloat16, Product(R, 64, 2048, 2048, 1024, R // 8 if gathered else 0))
-        heights.append((rows, config.block_m))
-    heights.sort()
-    assert heights[0][1] == 16 and heights[-1][1] == 128
-    assert [h for _, h in heights] == sorted(h for _, h in heights)
+    """From few rows to many no step back."""
+    choices = gpu.choices(spec_of(hardware.GPUS["H200"], top_k=8 if gathered else 0))
+    heights = [choices.choice(rows * 64).config.block_m for rows in sorted(
+        [2**i for i in range(15)] + [3 * 2**i for i in range(13)])]  # fmt: skip
+    assert heights[0] == 16 and heights[-1] >= 128
+    assert heights == sorted(heights)
 
 
 @pytest.mark.parametrize(("arch", "dtype", "depth", "tuned"), [
@@ -144,10 +157,10 @@ def test_tiles_grow_with_the_rows(gathered):
 ])  # fmt: skip
 def test_batch_invariant_tiles(arch, dtype, depth, tuned):
     """One configuration for every batch, except where all of them give the same bits."""
-    sizes = (8, 512, depth, 512, 0, True)
-    chosen = {products.choose(arch, dtype, True, products.Product(R, *sizes)) for R in (1, 64, 300, 1000, 100000)}
-    assert (len(chosen) > 1) == tuned
-    assert len({products.choose(arch, dtype, False, products.Product(R, *sizes)) for R in (1, 100000)}) == 2
+    place = hardware.gpu_named("", arch)
+    same, free = (gpu.choices(spec_of(place, dtype, 8, 512, depth, batch_invariant=b)) for b in (True, False))
+    assert (len({str(same.choice(R)) for R in (1, 64, 300, 1000, 100000)}) > 1) == tuned
+    assert len({str(free.choice(R)) for R in (1, 100000)}) == 2
 
 
 def test_batch_invariance_is_refused_where_unknown(device):
@@ -177,8 +190,9 @@ def heights(count: int, slack: int) -> list[int]:
 def test_tile_table(counts, slack, device):
     """Groups of two row tiles, three column tiles, an expert after the other; alone and beside another table."""
     routing = Routing.from_topk(None, counts_to_ids(counts).to(device), len(counts))
-    tables = products.TileTable(routing.expert_offsets, sum(counts))
-    table = tables.of(16, 3, 2, slack)
+    mine, other = schedule.Tiles(16, 3, 2, slack), schedule.Tiles(32, 1, 1, 0)
+    tables = schedule.TileTable(routing.expert_offsets, sum(counts))
+    table = tables.of(mine)
     entries, behind = read(table)
     want, row = [], 0
     for expert, count in enumerate(counts):
@@ -189,12 +203,11 @@ def test_tile_table(counts, slack, device):
         row += count
     assert entries == want
     assert len(behind) == 1024 and set(behind) == {(0, 0, 0, 0)}, "what looks ahead finds nothing"
-    assert tables.of(16, 3, 2, slack) is table, "a table is made once"
-    other = (32, 1, 1, 0)
-    both = products.TileTable(routing.expert_offsets, sum(counts), other, (16, 3, 2, slack))
-    assert read(both.of(16, 3, 2, slack)) == (entries, behind)
-    assert read(both.of(*other)) == read(tables.of(*other))
-    assert both.of(16, 3, 2, slack).data_ptr() % 16 == 0, "as the kernels are compiled for"
+    assert tables.of(mine) is table, "a table is made once"
+    both = schedule.TileTable(routing.expert_offsets, sum(counts), other, mine)
+    assert read(both.of(mine)) == (entries, behind)
+    assert read(both.of(other)) == read(tables.of(other))
+    assert both.of(mine).data_ptr() % 16 == 0, "as the kernels are compiled for"
 
 
 WEIGHTS = ("plain", "transposed")
@@ -216,22 +229,19 @@ def test_persistent_product(counts, kind, weights, gathered, device):
     x = torch.randn(R, K, generator=g).to(device, torch.float16)
     w = (torch.randn(E, width, K, generator=g) * K**-0.5).to(device, torch.float16)
     bias = torch.randn(E, width, generator=g).to(device, torch.float16)
-    hidden = None if act is None else torch.full((R, width), float("nan"), dtype=x.dtype, device=device)
-    transposed = weights == "transposed"
-    stored = w.mT.contiguous() if transposed else w
-    arch = hardware.arch_of(torch.device(device))
-    problem = Problem("fused_experts", device, arch, x.dtype, R, 1, E, K, N, name, interleaved, transposed)
-    config = products.Config(16, 32, 32, 4, 2, 2, kernel="persistent")
-    out = products.gemm(
-        x, stored, transposed, products.TileTable(routing.expert_offsets, R), problem, N=N, K=K, bias=bias,
-        gather=routing.row_order if gathered else None, top_k=1, activation=act, hidden=hidden, config=config,
+    preact = None if act is None else torch.full((R, width), float("nan"), dtype=x.dtype, device=device)
+    stored = w.mT.contiguous().mT if weights == "transposed" else w
+    out = product(
+        "persistent_tma", Config(16, 32, 32, 4, 2, 2), x, stored, routing.expert_offsets, bias=bias, preact=preact,
+        gather=routing.row_order if gathered else None, top_k=1,
+        epilogue=epilogue(name if act else None, interleaved, bias=True, preact=act is not None),
     )  # fmt: skip
     rows = x.double()[routing.row_order.long()] if gathered else x.double()
     want = grouped_matmul(rows, w.double(), routing, bias=bias.double(), implementation="reference")
     if act is None:
         assert_close(out, want, K)
     else:
-        assert_close(hidden, want, K, name="hidden")
+        assert_close(preact, want, K, name="preact")
         assert_close(out, apply(act, want, interleaved), K, name="activations")
 
 
@@ -268,8 +278,8 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 @pytest.mark.parametrize(("kind", "weights", "dtype"), [
     *((kind, weights, torch.bfloat16) for kind in EPILOGUES for weights in WEIGHTS), ("swiglu", "plain", torch.float16),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize(("config", "gathered"), [(TALL, True), (TALL, False), (WIDE, False)], ids=str)
-def test_swapped_product(config, gathered, kind, weights, dtype, device):
+@pytest.mark.parametrize(("numbers", "gathered"), [(TALL, True), (TALL, False), (WIDE, False)], ids=str)
+def test_swapped_product(numbers, gathered, kind, weights, dtype, device):
     """Every height that a tile can have, widths that leave part of the last one; the persistent kernel's bits."""
     E, N, K, R = len(HEIGHTS), 264, 192 if gathered else 328, sum(HEIGHTS)
     name, interleaved = (kind or "identity").split()[0], "interleaved" in (kind or "")
@@ -280,23 +290,21 @@ def test_swapped_product(config, gathered, kind, weights, dtype, device):
     x = torch.randn(R, K, generator=g).to(device, dtype)
     w = (torch.randn(E, act.width(N) if act else N, K, generator=g) * K**-0.5).to(device, dtype)
     bias = torch.randn(E, w.shape[1], generator=g).to(device, dtype)
-    problem = Problem("fused_experts", device, "sm_90", dtype, R, 1, E, K, N, name, interleaved, transposed)
-    gated = act is not None and act.gated
-    if not products.swaps(problem, K=K, gathered=gathered, gated=gated):
-        assert transposed and kind == "swiglu"
-        pytest.skip("gates and ups lie apart")
-    tiles = products.TileTable(routing.expert_offsets, R)
     x[7] = float("nan")  # which no other token may see
+    stored = w.mT.contiguous().mT if transposed else w
+    if transposed and kind == "swiglu":
+        pytest.skip("gates and ups lie apart")
 
-    def product(c):
-        return products.gemm(
-            x, w.mT.contiguous() if transposed else w, transposed, tiles, problem, N=N, K=K, bias=bias, config=c,
-            gather=routing.row_order if gathered else None, top_k=1, activation=act,
+    def made(kernel, *numbers):
+        return product(
+            kernel, Config(*numbers), x, stored, routing.expert_offsets, bias=bias, top_k=1,
+            gather=routing.row_order if gathered else None,
+            epilogue=epilogue(name if act else None, interleaved, bias=True),
         )  # fmt: skip
 
-    out = product(config)
-    assert all(torch.equal(product(config).nan_to_num(), out.nan_to_num()) for _ in range(20))
-    assert torch.equal(product(config.persistent).nan_to_num(), out.nan_to_num())
+    out = made("swap_ab_sm90", *numbers)
+    assert all(torch.equal(made("swap_ab_sm90", *numbers).nan_to_num(), out.nan_to_num()) for _ in range(20))
+    assert torch.equal(made("persistent_tma", 128, 256, 64, 8, 4).nan_to_num(), out.nan_to_num())
     rows = x.double()[routing.row_order.long()] if gathered else x.double()
     want = grouped_matmul(rows, w.double(), routing, bias=bias.double(), implementation="reference")
     want = apply(act, want, interleaved) if act else want
@@ -312,10 +320,7 @@ def test_persistent_product_zeroes_dropped_rows(dropped, device):
     ids[:dropped] = -1
     routing = Routing.from_topk(None, ids[:, None].to(device), 3)
     x, w = torch.randn(33, 64).to(device, torch.float16), torch.randn(3, 48, 64).to(device, torch.float16)
-    problem = Problem("grouped_matmul", device, hardware.arch_of(torch.device(device)), x.dtype, 33, 1, 3, 64, 48)
-    config = products.Config(16, 32, 32, 4, 2, kernel="persistent")
-    tiles = products.TileTable(routing.expert_offsets, 33)
-    out = products.gemm(x, w, False, tiles, problem, N=48, K=64, zero_tail=True, config=config)
+    out = product("persistent_tma", Config(16, 32, 32, 4, 2), x, w, routing.expert_offsets, zero_tail=True)
     assert_close(out, grouped_matmul(x.double(), w.double(), routing, implementation="reference"), 64)
     assert not out[33 - dropped :].any()
 
@@ -329,11 +334,28 @@ def test_every_configuration_of_tuning(device):
     routing = Routing.from_topk(None, ids, E)
     x = torch.randn(T, H, device=device, dtype=torch.bfloat16)
     w = torch.randn(E, 2 * I, H, device=device, dtype=torch.bfloat16) * H**-0.5
-    problem = Problem("fused_experts", "cuda", hardware.arch_of(torch.device(device)), x.dtype, T, 2, E, H, I, "swiglu")
+    place = hardware.gpu_of(torch.device(device))
+    spec = GemmSpec(place, x.dtype, E, I, H, (H, *w.stride()), top_k=2, epilogue=epilogue("swiglu"))
     rows = x.float()[routing.row_order.long() // 2]
     want = apply(act, grouped_matmul(rows, w.float(), routing, implementation="torch").double(), False)
-    for config in configs():
-        tiles = products.TileTable(routing.expert_offsets, 2 * T)
-        out = products.gemm(x, w, False, tiles, problem, N=I, K=H, gather=routing.row_order, top_k=2, activation=act,
-                            config=config)  # fmt: skip
-        assert_close(out, want, H, name=str(config))
+    for choice in gpu.ways(spec.of(2 * T), sorts=False):
+        gemm = gpu.make(spec, choice)
+        out = gemm(x, w, schedule.TileTable(routing.expert_offsets, 2 * T), routing.row_order)
+        assert_close(out, want, H, name=str(choice))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("kernel", ["pointer", "persistent_tma"])
+def test_fp16_stays_finite(kernel, scaled, device):
+    """What is finite and too large for fp16 is its largest number; NaN and infinity are what they were."""
+    x = torch.tensor([[200.0], [-200.0], [1.0], [float("nan")], [float("inf")]]).expand(5, 64)
+    x = x.to(device, torch.float16).contiguous()
+    w = torch.full((1, 48, 64), 10.0, dtype=torch.float16, device=device)
+    routing = Routing.from_topk(None, torch.zeros(5, 1, dtype=torch.int32, device=device), 1)
+    scale = torch.full((5,), 2.0, device=device)
+    out = product(
+        kernel, Config(16, 32, 32, 4, 2), x, w, routing.expert_offsets, scale=scale if scaled else None,
+        gather=routing.row_order if scaled else None, epilogue=Epilogue(scaled=scaled, saturates=True),
+    ).float()  # fmt: skip
+    assert out[:3, 0].tolist() == [65504.0, -65504.0, 1280.0 if scaled else 640.0]
+    assert out[3].isnan().all() and out[4].isinf().all()

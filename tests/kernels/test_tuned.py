@@ -1,215 +1,191 @@
-"""The tuned table: what its records say, in force wherever a product can be made so, and nowhere else."""
+"""Choice: the model, what was measured over it, and how few kernels a layer needs."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from moesaic import hardware
+import moesaic
+from moesaic import Unsupported, hardware
 from moesaic.activations import ACTIVATIONS
-from moesaic.cases import CASES
-from moesaic.ops.grouped_matmul import _configs as choice
-from moesaic.ops.grouped_matmul import _tuned
-from moesaic.problem import Problem
+from moesaic.cases import CASES, Case
+from moesaic.launcher import dry
+from moesaic.ops import fused_experts as layer
 
-ROOT = Path(__file__).parents[2]
-RECORDS = ("2026-11-23-tiles-cases.json",)  # under benchmarks/results/h200, in the order given to `tiles.py --write`
-ENTRIES = [
-    (role, weights, rows, way)
-    for role in ("up", "down")
-    for weights, ways in getattr(_tuned, role.upper()).items()
-    for rows, way in ways.items()
-]
+H100, H200 = hardware.GPUS["H100"], hardware.GPUS["H200"]
+SMALL = (Case("32x256", 256, 128, 32, 4), Case("8x512", 512, 128, 8, 2), Case("qwen3 shard", 2048, 768, 8, 8))
+LAYERS = [*CASES.values(), *SMALL]
 
 
-@pytest.fixture(scope="module")
-def tables(benchmark_script):
-    return benchmark_script("tile_table")
-
-
-@pytest.fixture(scope="module")
-def experts():
+@pytest.fixture(autouse=True)
+def experts(monkeypatch, tmp_path):
     if not hardware.has_triton():
         pytest.skip("triton is not installed")
     from moesaic.ops.fused_experts import _triton
 
-    return _triton
+    monkeypatch.setattr(_triton.gpu, "has_gluon", lambda: True)  # where Triton is another
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    forget(_triton.gpu)
+    yield _triton
+    forget(_triton.gpu)
 
 
-def product(weights, rows: float, *, gathered: bool, swaps: bool = True) -> choice.Product:
-    E, width, depth = weights
-    return choice.Product(round(rows * E), E, width, depth, width, round(rows * E) if gathered else 0, swaps)
+def forget(gpu) -> None:
+    for cached in (gpu.tuned, gpu.ways, gpu.choices):
+        cached.cache_clear()
 
 
-def layer(case, tokens: int, **options) -> Problem:
-    return case.problem(tokens, options.pop("dtype", torch.bfloat16), "cuda", "sm_90", **options)
+def problem_of(case: Case, place=H200, dtype=torch.bfloat16, **more):
+    fields = case.problem(64, dtype, "cuda", **more)
+    act = ACTIVATIONS[case.activation]
+    return layer.FusedExpertsProblem(gpu=place, alpha=act.alpha, limit=act.limit, **fields)
 
 
-# ---------------------------------------------------------------- the table that is here
-def test_the_table_is_what_its_records_say(tables):
-    paths = [ROOT / "benchmarks" / "results" / "h200" / name for name in RECORDS]
-    assert not paths or tables.TARGET.read_text() == tables.render(paths)
+@pytest.mark.parametrize("place", [H100, H200], ids=lambda g: g.name)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda c: c.name)
+def test_a_layer_needs_few_products(case, place, experts):
+    """Over every number of tokens up to 2048: at most ten compiled products, up and down."""
+    made = set()
+    for spec, sorts in zip(experts._contiguous(problem_of(case, place)), (True, False), strict=True):
+        choices = experts.gpu.choices(spec, sorts)
+        for T in range(1, 2049):
+            choice = choices.choice(T * case.top_k)
+            c = choice.config
+            made.add((spec.K, choice.kernel, choice.sorts, c.block_m, c.block_n, c.block_k, c.num_warps))
+    assert len(made) <= 10
 
 
-@pytest.mark.parametrize(("role", "weights", "rows", "way"), ENTRIES, ids=str)
-def test_every_entry_is_a_way_that_its_layers_have(role, weights, rows, way, tables, experts, monkeypatch):
-    monkeypatch.setattr(hardware, "has_gluon", lambda: True)  # where Triton is another
-    names = tables.layers(weights, role).split(", ")
-    tile, sorts = choice.TILES[way.removeprefix(choice.SORTED)], way.startswith(choice.SORTED)
-    assert rows == 2 ** round(torch.tensor(rows).log2().item()) and not (role == "down" and sorts)
-    for case in (CASES[name] for name in names):
-        tokens = -(-rows * case.num_experts // case.top_k)
-        problem = layer(case, tokens)
-        up, down = experts.default_config(problem)
-        assert (up if role == "up" else down) == tile
-        assert role == "down" or experts._sorts(problem) == sorts
-        assert choice.H200[way.removeprefix(choice.SORTED)][role == "down" or sorts] is not None
+@pytest.mark.skipif(hardware.interpreting(), reason="launches are not collected in the interpreter")
+def test_a_layer_launches_few_variants(experts):
+    """All variants that Triton is asked for, from 1 to 2048 tokens, beside those of routing."""
+    case = SMALL[0]
+    requests = launched(case, experts, range(1, 2049))
+    assert sum("gemm" in name for name, *_ in requests) <= 10
+    assert len({r for r in requests if "gemm" not in r[0]}) <= 3
 
 
-# ---------------------------------------------------------------- how entries are obeyed
-@pytest.fixture
-def table(monkeypatch):
-    """A table of a made-up layer."""
-    weights = (16, 4096, 2048)
-    entries = {4: "low", 64: "sorted large", 128: "tall", 1024: "sorted wide", 2048: "large"}
-    monkeypatch.setattr(choice, "UP", {weights: entries})
-    monkeypatch.setattr(choice, "DOWN", {weights: {256: "tall", 512: "plain16"}})
-    choice.gemm_config.cache_clear()
-    yield weights
-    choice.gemm_config.cache_clear()
+def launched(case: Case, experts, tokens) -> set:
+    problem, E, K = problem_of(case), case.num_experts, case.top_k
+    N, meta = ACTIVATIONS[case.activation].width(case.intermediate_size), dict(device="meta")
+    with dry() as pending:
+        for T in tokens:
+            tables = (torch.empty(n, dtype=torch.int32, **meta) for n in (T * K, T * K, E + 1))
+            shapes = ((T, case.hidden_size), (E, N, case.hidden_size), (E, case.hidden_size, case.intermediate_size))
+            o = layer.Operands(*(torch.empty(s, dtype=torch.bfloat16, **meta) for s in shapes),
+                               torch.empty(T, K, **meta), None, None, None, *tables)  # fmt: skip
+            experts.forward(o, problem)
+    return {(r.bound.kernel.name, r.bound.constants, r.dtypes, r.strides) for r in pending.requests.values()}
 
 
-def tile(p: choice.Product, arch: str = "sm_90", dtype: torch.dtype = torch.bfloat16) -> choice.Config:
-    return choice.gemm_config(arch, dtype, p)
+def test_one_variant_for_every_number_of_tokens(experts):
+    """The same in the interpreter, too: what a launch is told apart by hangs on tiles, not on tokens."""
+    few, many = (launched(SMALL[1], experts, tokens) for tokens in (range(200, 203), range(200, 256)))
+    assert few == many
 
 
-@pytest.mark.parametrize(("rows", "way"), [
-    (4, "low"), (3, "low"), (5, "low"), (64, "sorted large"), (128, "tall"), (1024, "sorted wide"),
-    (800, "sorted wide"), (2048, "large"),
-])  # fmt: skip
-def test_up_entries(table, rows, way):
-    """One entry says both: are rows sorted, and the tile of what follows, gathered or in order."""
-    gathered, in_order = product(table, rows, gathered=True), product(table, rows, gathered=False)
-    assert choice.sorts_first("sm_90", torch.bfloat16, gathered) == way.startswith("sorted ")
-    assert tile(in_order if way.startswith("sorted ") else gathered) == choice.TILES[way.removeprefix("sorted ")]
+@pytest.mark.parametrize("name", ["H200", "H100", "H20", "GH200"])
+def test_memory_and_peak_price_a_product(name, experts):
+    """Few rows cost what memory takes, many what arithmetic takes."""
+    place = hardware.GPUS[name]
+    spec, _ = experts._contiguous(problem_of(CASES["qwen3-30b-a3b"], place))
+    same, _ = experts._contiguous(problem_of(CASES["qwen3-30b-a3b"], H200))
+
+    def least(spec, rows):
+        return next(iter(experts.gpu.ways(spec.of(rows)).values()))
+
+    few, many = (least(spec, rows) / least(same, rows) for rows in (512, 1 << 21))
+    if place.peak > 500:  # an H20's arithmetic is so slow that even few rows wait for it
+        assert few == pytest.approx(H200.bandwidth / place.bandwidth, rel=0.15)
+    assert many == pytest.approx(H200.peak / place.peak, rel=0.15)
 
 
-def test_what_an_entry_does_not_speak_of_is_the_models(table):
-    gathered = product(table, 1024, gathered=True)
-    assert tile(gathered) == choice.TILES[choice.fastest(gathered, sorts=False)], "sorted first, but not asked to be"
-    in_order = product(table, 128, gathered=False)
-    assert tile(in_order) == choice.TILES[choice.fastest(in_order)], "an entry of gathered rows"
-    assert tile(product(table, 0.3, gathered=True)) == choice.TILES["plain16"]
-    assert tile(product(table, 256, gathered=False)) == choice.TALL
-    assert tile(product(table, 512, gathered=False)) == choice.TILES["plain16"]
+def test_every_measured_choice_can_run(experts):
+    """Of the tables that come along: each entry is a way of one of the cases."""
+    known = set()
+    for case in CASES.values():
+        for spec, sorts in zip(experts._contiguous(problem_of(case)), (True, False), strict=True):
+            key, rows = experts.gpu.tuned_key(spec), experts.gpu.tuned("H200")
+            for octave, way in rows.get(key, {}).items():
+                known.add(key)
+                sized = spec.of(octave * spec.experts)
+                found = experts.gpu.measured(sized, sorts)
+                assert found is not None and experts.gpu.tuned_values(found) == way, (case.name, key, octave)
+    assert known == set(experts.gpu.tuned("H200"))
 
 
-@pytest.mark.parametrize("rows", [128, 256, 1024])
-def test_entries_that_a_product_cannot_follow(table, rows):
-    """Training keeps what the activation is given, which swapped tiles do not."""
-    for gathered in (True, False):
-        p = product(table, rows, gathered=gathered, swaps=False)
-        assert choice.tuned(p) is None and tile(p).kernel != "swapped"
-    gathered = product(table, rows, gathered=True, swaps=False)
-    assert choice.sorts_first("sm_90", torch.bfloat16, gathered) == choice.fastest(gathered).startswith("sorted ")
+def test_a_users_own_table_comes_first(experts, tmp_path):
+    spec, _ = experts._contiguous(problem_of(CASES["olmoe"]))
+    sized = spec.of(256 * 64)
+    before = experts.gpu.best(sized, True)
+    other = next(way for way in experts.gpu.ways(sized, True) if way != before)
+    (tmp_path / "tuned").mkdir()
+    entry = {experts.gpu.tuned_key(spec): {"256": experts.gpu.tuned_values(other)}}
+    (tmp_path / "tuned" / "h200.json").write_text(json.dumps({"products": entry}))
+    forget(experts.gpu)
+    assert experts.gpu.best(sized, True) == other
+    assert experts.gpu.choices(spec, True).choice(256 * 64) == other
+    fp32 = experts._contiguous(problem_of(CASES["olmoe"], dtype=torch.float32))[0]
+    assert experts.gpu.best(fp32.of(256 * 64)).kernel == "pointer", "measured in half precision"
 
 
-def test_entries_are_sm_90s_in_half_precision(table):
-    p = product(table, 512, gathered=False)
-    for arch, dtype in (("sm_90", torch.float32), ("sm_80", torch.bfloat16), ("gfx942", torch.float16)):
-        assert tile(p, arch, dtype) != choice.TILES["plain16"]
-    assert not choice.sorts_first("sm_80", torch.bfloat16, product(table, 64, gathered=True))
+def test_tiles_that_gain_little_are_left_out(experts):
+    """Whatever is chosen is within 2% of the best, where nothing was measured."""
+    for case in CASES.values():
+        for spec, sorts in zip(experts._contiguous(problem_of(case, H100)), (True, False), strict=True):
+            choices = experts.gpu.choices(spec, sorts)
+            for rows in (8, 100, 1000, 10000, 100000):
+                times = experts.gpu.ways(spec.of(rows), sorts)
+                assert times[choices.choice(rows)] <= 1.02 * next(iter(times.values()))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("tokens", [1, 100, 1000, 4096, 20000])
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_a_layer_runs_what_it_was_said_to_run(name, tokens, training, experts):
-    """Of all cases, one expert a token among them: what `padding` and `explain` are told is what is planned."""
-    case = CASES[name]
-    problem = layer(case, tokens, training=training)
-    H, I, width = case.hidden_size, case.intermediate_size, ACTIVATIONS[case.activation].width(case.intermediate_size)
-    strides = [(width * H, width, 1), (I * H, H, 1)] if case.transposed else [(width * H, H, 1), (H * I, I, 1)]
-    sorts, *gemms, tiles = experts._plan(
-        problem, None, problem.num_slots, 1.0, 0.0, H, *strides, case.bias, case.bias, True, True, -1
+def test_explain_names_kernel_tile_and_reasons(monkeypatch):
+    monkeypatch.setattr(hardware, "triton_why_not", lambda *a: None)
+    told = str(
+        moesaic.explain("fused_experts", gpu="H200", **CASES["gpt-oss-120b"].problem(4096, torch.bfloat16, "cuda"))
     )
-    configs = experts.default_config(problem)
-    assert sorts == experts._sorts(problem) and set(tiles) == {g.tiles for g in gemms} - {None}
-    for config, gemm in zip(configs, gemms, strict=True):
-        assert (gemm.tiles is None) == (config.kernel == "plain")
-        assert gemm.tiles is None or (gemm.tiles[0], gemm.tiles[3]) == (config.block_m, config.slack)
+    assert "swap_ab_sm90 " in told and "up: " in told and "down: " in told
+    told = str(
+        moesaic.explain("fused_experts", gpu="H200", **CASES["llama4-scout"].problem(64, torch.bfloat16, "cuda"))
+    )
+    assert "not swap_ab_sm90: needs K-major weights" in told
+    told = str(moesaic.explain("grouped_matmul", arch="sm_80", device="cuda", dtype=torch.bfloat16, num_rows=64,
+                               num_experts=4, hidden_size=64, intermediate_size=64))  # fmt: skip
+    assert "product: pointer" in told and "not persistent_tma: its tiles are sized for sm_90" in told
 
 
-# ---------------------------------------------------------------- how the table is made
-def record(*rows) -> dict:
-    named = [dict(shape=shape, tokens=tokens, **{role: dict(us=us)}) for shape, tokens, role, us in rows]
-    return dict(date="2026-01-01T00:00:00+00:00", machine={"gpu": "NVIDIA H200"}, rows=named)
+def test_a_kernel_by_name_runs_or_raises(device):
+    rows, w = torch.randn(4, 8, device=device), torch.randn(2, 8, 8, device=device)
+    routing = moesaic.Routing.from_topk(None, torch.tensor([[0], [1], [1], [0]], device=device), 2)
+    if hardware.triton_why_not(device, hardware.arch_of(torch.device(device))) is None:
+        out = moesaic.grouped_matmul(rows, w, routing, implementation="triton:pointer")
+        assert torch.equal(out, moesaic.grouped_matmul(rows, w, routing, implementation="triton"))
+        for name, reason in (("swap_ab_sm90", "kernel swap_ab_sm90"), ("nothing", "there is no kernel 'nothing'")):
+            with pytest.raises(Unsupported, match=reason):
+                moesaic.grouped_matmul(rows, w, routing, implementation=f"triton:{name}")
 
 
-def test_an_entry_is_what_leads_the_models_choice(tables):
-    """At 2048 tokens of olmoe, with 256 rows an expert."""
-    model = choice.fastest(tables.product_of(CASES["olmoe"], 2048, "down"))
-    other = "low" if model != "low" else "large"
-    for lead, entries in ((100.0, {}), (98.5, {}), (97.0, {(64, 2048, 1024): {256: other}})):
-        assert tables.entries([record(("olmoe", 2048, "down", {model: 100.0, other: lead}))], "down") == entries
-    failed = record(("olmoe", 2048, "down", {model: 100.0, other: 50.0}))
-    failed["rows"][0]["down"] = dict(failed={model: "wrong"})
-    assert tables.entries([failed], "down") == {}
-    later = record(("olmoe", 2048, "down", {model: 50.0, other: 60.0}))
-    first = record(("olmoe", 2048, "down", {model: 100.0, other: 60.0}))
-    assert tables.entries([first, later], "down") == {} != tables.entries([later, first], "down")
+def test_weights_may_lie_any_way(device):
+    """(N, E, K) seen as (E, N, K), and columns so far apart that 32 bits do not reach."""
+    from moesaic.ops.grouped_matmul.gpu.spec import GemmSpec
 
+    w = torch.empty(4100, 64, 8192, dtype=torch.bfloat16, device="meta").permute(1, 0, 2)
+    assert GemmSpec(H200, w.dtype, 64, 4100, 8192, (8192, *w.stride())).wide
+    assert not GemmSpec(H200, w.dtype, 64, 4096, 8192, (8192, 4096 * 8192, 8192, 1)).wide
+    if hardware.triton_why_not(device, hardware.arch_of(torch.device(device))):
+        pytest.skip("needs Triton")
+    from moesaic.ops.grouped_matmul import gpu
+    from moesaic.ops.grouped_matmul.gpu.schedule import TileTable
+    from moesaic.ops.grouped_matmul.gpu.spec import Config
 
-def test_layers_that_share_a_product_share_an_entry(tables, monkeypatch):
-    twin = CASES["olmoe"].__class__(**{**vars(CASES["olmoe"]), "name": "twin"})
-    monkeypatch.setitem(CASES, "twin", twin)
-    model = choice.fastest(tables.product_of(twin, 2048, "up"))
-    assert model != "low"
-    rows = [("olmoe", 2048, "up", {model: 100.0, "low": 90.0, "large": 80.0})]
-    assert tables.entries([record(*rows)], "up") == {(64, 2048, 2048): {256: "large"}}
-    rows.append(("twin", 2048, "up", {model: 100.0, "low": 95.0}))
-    assert tables.entries([record(*rows)], "up") == {(64, 2048, 2048): {256: "low"}}, "what both were timed with"
-    rows[1] = ("twin", 2048, "up", {model: 100.0, "low": 120.0})
-    assert tables.entries([record(*rows)], "up") == {}, "the sum decides"
-    assert tables.layers((64, 2048, 2048), "up") == "olmoe, twin"
+    rows, w = torch.randn(6, 24, device=device), torch.randn(20, 3, 24, device=device).permute(1, 0, 2)
+    routing = moesaic.Routing.from_topk(None, torch.tensor([[0], [2], [2], [0], [1], [2]], device=device), 3)
+    want = moesaic.grouped_matmul(rows, w, routing, implementation="reference")
 
+    class Wide(GemmSpec):
+        wide = True  # as if it lay that far apart
 
-def test_an_entry_does_not_pad(tables):
-    """Of 128 experts with 256 rows each: tiles of 128 rows would compute a quarter too much, and 4% with a tail."""
-    rows = ("sonic-7b", 4096, "up", {"sorted wide": 90.0, "tall": 100.0, "large": 50.0})
-    assert tables.entries([record(rows)], "up") == {(128, 512, 1536): {256: "sorted wide"}}
-    rows = ("sonic-7b", 4096, "up", {"low": 50.0, "large": 100.0})
-    assert tables.entries([record(rows)], "up") == {(128, 512, 1536): {256: "low"}}, "where no tile has a tail"
-
-
-def test_octaves_that_nobody_measured(tables):
-    """Many rows an expert: by the next measured octave above, or the last. Few: by the model."""
-    down = dict.fromkeys(choice.TILES, 200.0)
-    rows = [
-        ("mixtral-8x7b", T, "down", {**down, way: 100.0}) for T, way in ((256, "low"), (2048, "tall8"), (8192, "low"))
-    ]
-    ways = tables.entries([record(*rows)], "down")[8, 4096, 14336]
-    assert ways == {64: "low", 512: "tall8", 1024: "low", 2048: "low", 4096: "low", 8192: "low"}
-    assert tables.entries([record(rows[0])], "down")[8, 4096, 14336] == {64: "low"}
-
-
-def test_the_module_is_written_as_formatted(tables, tmp_path):
-    """Entries that fill a line and more; it runs, and is what the formatter leaves."""
-    ways = {"sorted low": 50.0} | dict.fromkeys(choice.TILES, 100.0)
-    rows = [("mixtral-8x7b", 2**i, "up", ways) for i in range(3, 15)]
-    (tmp_path / "record.json").write_text(json.dumps(record(*rows)))
-    text = tables.render([tmp_path / "record.json"])
-    scope: dict = {}
-    exec(compile(text, "_tuned.py", "exec"), scope)
-    assert scope["UP"] == {(8, 28672, 4096): {2**i: "sorted low" for i in range(1, 14)}} and scope["DOWN"] == {}
-    written = tmp_path / "_tuned.py"
-    written.write_text(text)
-    if importlib.util.find_spec("ruff"):
-        flags = ["format", "--check", "--config", str(ROOT / "pyproject.toml"), str(written)]
-        subprocess.run([sys.executable, "-m", "ruff", *flags], check=True)
+    spec = Wide(hardware.gpu_of(rows.device), rows.dtype, 3, 20, 24, (24, *w.stride()))
+    gemm = gpu.kernel("pointer").launch(spec, Config(16, 32, 32, 4, 2))
+    torch.testing.assert_close(gemm(rows, w, TileTable(routing.expert_offsets, 6)), want)

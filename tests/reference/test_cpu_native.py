@@ -207,9 +207,8 @@ def test_either_product(name, dtype, products):
 
 
 def test_the_choice_of_products_is_a_function_of_the_problem():
-    rows = [
-        _cpu._rows_per_live_expert(layer(E=64, K=8).problem(T, torch.float32, "cpu", "cpu")) for T in (0, 1, 64, 512)
-    ]
+    problem = moesaic.explain("fused_experts", **layer(E=64, K=8).problem(1, torch.float32)).problem
+    rows = [_cpu._rows_per_live_expert(problem, T) for T in (0, 1, 64, 512)]
     assert rows[0] == 0 and rows[1] == pytest.approx(1) and 8 < rows[2] < 8.1 and rows[3] == pytest.approx(64)
     assert _cpu._torch_products(torch.float32, 200, False) and not _cpu._torch_products(torch.float32, 64, False)
 
@@ -410,7 +409,7 @@ def test_processes_that_build_at_the_same_time_make_one_build(tiny):
 def test_without_a_compiler_the_torch_implementation_runs_and_says_why(tiny, monkeypatch):
     monkeypatch.setenv("CC", str(tiny[0] / "nothing"))
     _cpu_build.load.cache_clear()
-    problem = layer().problem(4, torch.float32, "cpu", "cpu")
+    problem = moesaic.explain("fused_experts", **layer().problem(4, torch.float32)).problem
     explained = moesaic.ops.fused_experts.OP.explain(problem)
     assert explained.chosen == "torch"
     assert "no C compiler" in dict(explained.reasons)["cpu"]
@@ -426,7 +425,8 @@ def test_a_compiler_that_fails_is_quoted_in_one_line(tiny):
 def test_off(tiny, monkeypatch):
     monkeypatch.setenv("MOESAIC_CPU", "off")
     _cpu_build.load.cache_clear()
-    assert "MOESAIC_CPU=off" in str(_cpu.why_not(layer().problem(4, torch.float32, "cpu", "cpu")))
+    problem = moesaic.explain("fused_experts", **layer().problem(4, torch.float32)).problem
+    assert "MOESAIC_CPU=off" in str(_cpu.why_not(problem))
 
 
 def test_what_it_does_not_take_is_refused_by_name():

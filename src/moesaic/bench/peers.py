@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, apply
-from ..hardware import MIN_COMPUTE_CAPABILITY, arch_of
-from ..op import OPS, explain
+from ..hardware import MIN_COMPUTE_CAPABILITY
+from ..op import OPS, Explanation, explain
 from ..ops.fused_experts import fused_experts
-from ..problem import Problem
 from ..routing import Routing
 from . import libraries, limits
 from .layer import Batch, Layer
@@ -103,15 +102,10 @@ def moesaic(implementation: str = "") -> Peer:
     return Peer(name, name, why_not, build, ours=True)
 
 
-def problem_of(layer: Layer, tokens: int) -> Problem:
-    """The call of ours that this layer makes."""
-    device = layer.device
-    return layer.case.problem(tokens, layer.dtype, device.type, arch_of(device), training=layer.train)
-
-
-def explanation(layer: Layer, tokens: int):
+def explanation(layer: Layer, tokens: int) -> Explanation:
     """Which implementation of ours runs this layer, and why."""
-    return explain("fused_experts", problem_of(layer, tokens))
+    fields = layer.case.problem(tokens, layer.dtype, layer.device.type, training=layer.train)
+    return explain("fused_experts", **fields)
 
 
 def padding(implementation: str, layer: Layer, batches: list[Batch]) -> float | None:
@@ -122,7 +116,7 @@ def padding(implementation: str, layer: Layer, batches: list[Batch]) -> float | 
     extra = getattr(OPS["fused_experts"].implementation(implementation), "padding", None)
     if extra is None:
         return None
-    return statistics.mean(extra(problem_of(layer, batch.x.shape[0]), layer.loads(batch)) for batch in batches)
+    return statistics.mean(extra(explanation(layer, batch.x.shape[0]).problem, layer.loads(batch)) for batch in batches)
 
 
 # ---------------------------------------------------------------- torch

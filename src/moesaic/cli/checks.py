@@ -17,13 +17,12 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..cases import CASES, Case
-from ..hardware import arch_of, interpreting
-from ..op import OPS
+from ..hardware import interpreting
+from ..op import explain
 from ..ops.fused_experts import fused_experts
 from ..ops.grouped_matmul import grouped_matmul
 from ..ops.permute import permute, unpermute
 from ..ops.route import RouterConfig, route
-from ..problem import Problem
 from ..routing import Routing
 from ..testing import STAGES, Inputs, adversarial_ids, bounds, error_report, make_inputs
 
@@ -84,14 +83,14 @@ def all_checks(device: torch.device, full: bool) -> Iterator[Verdict]:
 
 def can_run(op: str, **fields: Any) -> list[str]:
     """The implementations of `op` that have no reason against a problem, and that can be judged."""
-    names = [name for name, reason in OPS[op].explain(Problem(op, **fields)).reasons if reason is None]
+    names = [name for name, reason in explain(op, **fields).reasons if reason is None]
     if interpreting() and fields["dtype"] == BF16 and op in ("grouped_matmul", "fused_experts"):
         names.remove("triton")  # see INTERPRETER_NOTE
     return names
 
 
 def _where(device: torch.device) -> dict[str, Any]:
-    return dict(device=device.type, arch=arch_of(device))
+    return dict(device=device.type)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -168,7 +167,7 @@ def _router(
     T, E = logits.shape
     want, want_weights, dwant = _routed(logits.double(), config, bias, "reference")
     where = f"{config.score} {config.order} K={config.top_k} groups={config.num_groups}/{config.topk_groups} {kind}"
-    fields = dict(dtype=logits.dtype, num_tokens=T, top_k=config.top_k, num_experts=E, option=config)
+    fields = dict(dtype=logits.dtype, num_tokens=T, top_k=config.top_k, num_experts=E, config=config)
     for implementation in can_run("route", **_where(device), **fields):
         here = None if bias is None else bias.to(device)
         got, weights, dgot = _routed(logits.to(device), config, here, implementation)
@@ -211,7 +210,7 @@ def _mover(device: torch.device, E: int, ids: Tensor, dtype: torch.dtype, where:
         return [moved.detach(), y.detach(), *back]
 
     want = run(x.double(), rows.double(), weights.double(), "reference")
-    for implementation in can_run("permute", **_where(device), dtype=dtype, num_tokens=T, top_k=K, hidden_size=H):
+    for implementation in can_run("permute", **_where(device), dtype=dtype, top_k=K, hidden_size=H):
         got = run(x.to(device), rows.to(device), weights.to(device), implementation)
         common = (implementation, "permute", _name(dtype), where)
         yield Verdict(*common, "rows", *same(got[0], want[0]))
@@ -249,7 +248,7 @@ def _product(
 
     inputs = [rows, w] + ([bias] if bias is not None else [])
     want = run([t.double() for t in inputs], "reference")
-    fields = dict(dtype=dtype, num_tokens=rows_n, num_experts=E, hidden_size=width, intermediate_size=out)
+    fields = dict(dtype=dtype, num_rows=rows_n, num_experts=E, hidden_size=width, intermediate_size=out)
     for implementation in can_run(
         "grouped_matmul", **_where(device), **fields, transposed=transposed, bias=bias is not None
     ):

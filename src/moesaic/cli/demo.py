@@ -319,7 +319,7 @@ def _why_part(screen: Screen, device: torch.device) -> dict[str, Any]:
         5, "What ran, and why?",
         "Each operator has several implementations; the first without a reason against it runs. No trial and error.",
     )  # fmt: skip
-    facts = [explained(p) for p in typical(device) if p.op == "fused_experts"]
+    facts = [explained(op, fields) for op, fields in typical(device) if op == "fused_experts"]
     screen.print(implementations_table(facts, "moesaic.explain('fused_experts', ...)"))
     return {"implementations": facts}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from ..bench.peers import PEERS
 from ..cases import CASES
 from ..hardware import MIN_COMPUTE_CAPABILITY, arch_of, cpu_flags, cpu_name, cpu_vendor, interpreting, sm_count
 from ..op import explain
-from ..ops.route import RouterConfig
-from ..problem import Problem
 from .screen import Device, Json, Screen, pick_device
 
 # The instruction sets that decide how fast a CPU multiplies.
@@ -47,35 +44,31 @@ def env(device: Device = "auto", as_json: Json = False) -> None:
             "device": str(here), "versions": report.versions(), "platform": platform.platform(), "cpu": _cpu(),
             "gpus": [_gpu(i) for i in range(torch.cuda.device_count())], "extras": _extras(),
             "peers": {name: found(_module(name)) for name in PEERS}, "triton_interpreter": interpreting(),
-            "implementations": [explained(problem) for problem in typical(here)],
+            "implementations": [explained(op, fields) for op, fields in typical(here)],
         }  # fmt: skip
     _show(screen, facts)
     screen.emit(facts)
 
 
-def typical(device: torch.device) -> list[Problem]:
-    """One ordinary call of each operator, in a Qwen3-30B-A3B layer."""
-    case = CASES["qwen3-30b-a3b"]
-    common: dict[str, Any] = dict(device=device.type, arch=arch_of(device), dtype=torch.bfloat16)
-    rows: dict[str, Any] = dict(num_tokens=512, top_k=case.top_k, num_experts=case.num_experts)
-    layer: dict[str, Any] = dict(
-        hidden_size=case.hidden_size, intermediate_size=case.intermediate_size, activation=case.activation
-    )
+def typical(device: torch.device) -> list[tuple[str, dict[str, Any]]]:
+    """One ordinary call of each operator, in a Qwen3-30B-A3B layer: its name, and what `explain` takes."""
+    case, half, single = CASES["qwen3-30b-a3b"], torch.bfloat16, torch.float32
+    common: dict[str, Any] = dict(device=device.type, dtype=half)
     return [
-        Problem("route", **common | dict(dtype=torch.float32), **rows, option=RouterConfig(case.top_k)),
-        Problem("permute", **common, num_tokens=512, top_k=case.top_k, hidden_size=case.hidden_size),
-        Problem("grouped_matmul", **common, num_tokens=512 * case.top_k, num_experts=case.num_experts,
-                hidden_size=case.hidden_size, intermediate_size=2 * case.intermediate_size),
-        Problem("fused_experts", **common, **rows | dict(num_tokens=1), **layer),
-        Problem("fused_experts", **common, **rows, **layer, training=True),
-        Problem("fused_experts", **common | dict(dtype=torch.float32), **rows, **layer, training=True),
+        ("route", dict(device=device.type, dtype=single, num_tokens=512, top_k=case.top_k,
+                       num_experts=case.num_experts)),
+        ("permute", dict(**common, top_k=case.top_k, hidden_size=case.hidden_size)),
+        ("grouped_matmul", dict(**common, num_rows=512 * case.top_k, num_experts=case.num_experts,
+                                hidden_size=case.hidden_size, intermediate_size=2 * case.intermediate_size)),
+        ("fused_experts", case.problem(1, half, device.type)),
+        ("fused_experts", case.problem(512, half, device.type, training=True)),
+        ("fused_experts", case.problem(512, single, device.type, training=True)),
     ]  # fmt: skip
 
 
-def explained(problem: Problem) -> dict[str, Any]:
-    told = explain(problem.op, problem)
-    shown = str(replace(problem, option=None))  # a router's configuration is long, and decides nothing here
-    return {"op": problem.op, "problem": shown, "chosen": told.chosen, "reasons": dict(told.reasons)}
+def explained(op: str, fields: dict[str, Any]) -> dict[str, Any]:
+    told = explain(op, **fields)
+    return {"op": op, "problem": str(told.problem), "chosen": told.chosen, "reasons": dict(told.reasons)}
 
 
 def _cpu() -> dict[str, Any]:

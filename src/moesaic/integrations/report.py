@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from ..formats import FORMATS, format_of, why_not_readable
-from ..hardware import arch_of
+from ..hardware import gpu_of
 from ..op import Explanation, explain
-from ..problem import Problem
 from . import undecorated
 from .recognise import Flags, act_name, describe, plan
 
@@ -116,23 +115,23 @@ def _line(name: str, experts: Any, tokens: int, training: bool) -> Line:
     E, H, I = w_down.shape if not flags.transposed else (w_down.shape[0], w_down.shape[2], w_down.shape[1])
     byte = format_of(w_down) is not FORMATS["plain"]
     common: dict[str, Any] = dict(
-        device=w_down.device.type, arch=arch_of(w_down.device), num_experts=E, hidden_size=H, bias=flags.bias,
+        device=w_down.device.type, gpu=gpu_of(w_down.device), num_experts=E, hidden_size=H, bias=flags.bias,
         dtype=_stated_dtype(experts) if byte else w_down.dtype, transposed=flags.transposed,
     )  # fmt: skip
     if chosen.activation:
         activation = describe(chosen.activation)
-        problem = Problem(
+        choice = explain(
             "fused_experts", num_tokens=tokens, top_k=top_k, intermediate_size=I, activation=chosen.activation.name,
             interleaved=flags.interleaved, training=training, **common,
         )  # fmt: skip
     else:
         activation = type(experts)._apply_gate.__qualname__ if flags.gated else act_name(experts)
         width = 2 * I if flags.gated else I
-        problem = Problem("grouped_matmul", num_tokens=tokens * top_k, intermediate_size=width, **common)
+        choice = explain("grouped_matmul", num_rows=tokens * top_k, intermediate_size=width, **common)
     words = dict(interleaved=flags.interleaved, transposed=flags.transposed, bias=flags.bias, fp8=byte)
     layout = ", ".join(word for word, true in words.items() if true) or "default"
     shape = f"{E} x {H} x {I}"
-    return Line(name, kind, chosen.path, chosen.why, activation, layout, shape, explain(problem.op, problem))
+    return Line(name, kind, chosen.path, chosen.why, activation, layout, shape, choice)
 
 
 def _stated_dtype(experts: Any) -> torch.dtype:

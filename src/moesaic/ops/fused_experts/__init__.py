@@ -6,25 +6,99 @@ Legend: T tokens, H hidden, I intermediate, E experts, K choices; rows are the T
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...activations import Activation, resolve
 from ...errors import check_choice, check_same, check_shape
-from ...hardware import arch_of
-from ...op import Op, autocast, define, differentiable, forced, run, watch
-from ...problem import Problem
+from ...guards import autocast
+from ...op import Op, Place, Table, octave
 from ...routing import Routing
 
 __all__ = ["LAYOUTS", "fused_experts"]
 
-OP = Op("fused_experts", __name__, ("triton", "cpu", "torch", "reference"))
 LAYOUTS = ("concatenated", "interleaved")
 SIDES = ("output", "input")
 _FROM_ROUTING: Any = "routing"
+
+
+class Operands(NamedTuple):
+    x: Tensor
+    w_gate_up: Tensor
+    w_down: Tensor
+    weights: Tensor | None
+    b_gate_up: Tensor | None
+    b_down: Tensor | None
+    residual: Tensor | None
+    row_order: Table
+    row_index: Table
+    expert_offsets: Table
+
+
+class Options(NamedTuple):
+    activation: str = "swiglu"
+    alpha: float = 1.0
+    limit: float = math.inf
+    interleaved: bool = False
+    transposed: bool = False
+    allow_tf32: bool = False
+    batch_invariant: bool = False
+
+
+class Outputs(NamedTuple):
+    y: Tensor
+
+
+class Saved(NamedTuple):
+    """`preact (T·K, 2I)` or `(T·K, I)`: the pre-activations of the rows, in the order of the weights' columns."""
+
+    preact: Tensor
+
+
+@dataclass(frozen=True)
+class FusedExpertsProblem(Place):
+    """What choosing depends on. `kernel` names the only one wanted of an implementation that has several."""
+
+    num_tokens: int = 0
+    top_k: int = 1
+    num_experts: int = 1
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    bias: bool = False
+    activation: str = "swiglu"
+    alpha: float = 1.0
+    limit: float = math.inf
+    interleaved: bool = False
+    transposed: bool = False
+    training: bool = False
+    allow_tf32: bool = False
+    batch_invariant: bool = False
+    kernel: str = ""
+
+
+_DESCRIBED = ("dtype", "num_tokens", "top_k", "num_experts", "hidden_size", "intermediate_size", "bias")
+
+
+def _describe(o: Operands, options: Options) -> tuple[Any, ...]:
+    T, H = o.x.shape
+    E, I, bias = o.w_down.shape[0], o.w_down.shape[1 if options.transposed else 2], o.b_gate_up is not None
+    return o.x.dtype, octave(T), o.row_order.shape[0] // T if T else 1, E, H, I, bias or o.b_down is not None
+
+
+def _fake_saved(o: Operands, options: Options) -> Saved:
+    return Saved(o.x.new_empty(o.row_order.shape[0], o.w_gate_up.shape[2 if options.transposed else 1]))
+
+
+OP = Op(
+    "fused_experts", __name__, ("triton", "cpu", "torch", "reference"), operands=Operands, options=Options,
+    outputs=Outputs, saved=Saved, problem=FusedExpertsProblem, describe=(_DESCRIBED, _describe), straight=("residual",),
+    fake=lambda o, options: Outputs(o.x.new_empty(o.x.shape)), fake_saved=_fake_saved,
+)  # fmt: skip
 
 
 def fused_experts(
@@ -70,7 +144,8 @@ def fused_experts(
         allow_tf32: let fp32 products round to TF32 on a GPU; IEEE otherwise.
         batch_invariant: promise that a token's output has the same bits whatever else is in the batch, or raise. With
             Triton only. It fixes the tiles, but for half precision on sm_90, where all tiles give the same bits.
-        implementation: force one of `fused_experts.implementations`; by default the first that can run.
+        implementation: force one of `fused_experts.implementations`, or one kernel for its products
+            (`"triton:swap_ab_sm90"`); by default the first that can run.
 
     Returns:
         `(T, H)` in the dtype of x, accumulated in fp32; a token whose slots were all dropped gets a zero row, or
@@ -107,17 +182,14 @@ def fused_experts(
             batch_invariant=batch_invariant, implementation=implementation,
         )  # fmt: skip
         return _weigh_inputs(layer, x, weights, routing, residual)
-    watch(who, x, w_gate_up, w_down, weights, b_gate_up, b_down, residual)
-    tensors, graph = (x, w_gate_up, w_down, weights, b_gate_up, b_down), torch.is_grad_enabled()
-    save = graph and any(t is not None and t.requires_grad for t in tensors)
-    # the residual's gradient is the incoming one: it wants the operator, but nothing saved
-    recorded = save or (graph and residual is not None and residual.requires_grad)
-    arguments = (
-        *tensors, routing.row_order, routing.row_index, routing.expert_offsets, residual, act.name, act.alpha,
-        act.limit, layout == "interleaved", transposed, allow_tf32, batch_invariant, save, forced(implementation),
+    operands = Operands(
+        x, w_gate_up, w_down, weights, b_gate_up, b_down, residual, routing.row_order, routing.row_index,
+        routing.expert_offsets,
     )  # fmt: skip
-    y, _ = torch.ops.moesaic.fused_experts(*arguments) if recorded else run("fused_experts", *arguments)
-    return y
+    options = Options(
+        act.name, act.alpha, act.limit, layout == "interleaved", transposed, allow_tf32, batch_invariant
+    )  # fmt: skip
+    return OP(operands, options, implementation).y
 
 
 fused_experts.implementations = OP.implementations  # type: ignore[attr-defined]
@@ -139,10 +211,15 @@ def _weights(who: str, weights: Tensor | None, reduce: str, routing: Routing) ->
     return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
 
 
-def _weigh_inputs(layer, x: Tensor, weights: Tensor, routing: Routing, residual: Tensor | None) -> Tensor:
+def _weigh_inputs(
+    layer: Callable[..., Tensor], x: Tensor, weights: Tensor, routing: Routing, residual: Tensor | None
+) -> Tensor:
     """The layer with a token `w[t, k] · x[t]` for every slot, whose tables are the slots' own."""
     T, K = routing.topk_ids.shape
-    slots = (x[:, None] * weights[..., None]).to(x.dtype).flatten(0, 1)
+    # what is dropped is multiplied with nothing: zero times NaN, forward or backward, would be NaN
+    dead = routing.topk_ids < 0
+    tokens = x[:, None].expand(T, K, x.shape[1]).masked_fill(dead[..., None], 0)
+    slots = (tokens * weights.masked_fill(dead, 0)[..., None]).to(x.dtype).flatten(0, 1)
     each = replace(routing, topk_weights=None, topk_ids=routing.topk_ids.reshape(-1, 1))
     if K == 1:
         return layer(slots, routing=each, residual=residual)
@@ -150,7 +227,10 @@ def _weigh_inputs(layer, x: Tensor, weights: Tensor, routing: Routing, residual:
     return (y if residual is None else residual + y).to(x.dtype)
 
 
-def _check(who, x, w_gate_up, w_down, weights, b_gate_up, b_down, residual, routing, act, transposed) -> None:
+def _check(
+    who: str, x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor | None, b_gate_up: Tensor | None,
+    b_down: Tensor | None, residual: Tensor | None, routing: Routing, act: Activation, transposed: bool,
+) -> None:  # fmt: skip
     """Say what is wrong with the shapes, dtypes or devices, if anything is. First a look that costs little."""
     E, T = routing.num_experts, routing.num_tokens
     shape, down = x.shape, w_down.shape
@@ -202,98 +282,3 @@ def _check(who, x, w_gate_up, w_down, weights, b_gate_up, b_down, residual, rout
         devices["weights"] = weights.device
     check_same(who, "device", "x", x.device, **devices, **routing.devices())
     check_same(who, "dtype", "x", x.dtype, **{name: t.dtype for name, t in others.items()})
-
-
-# ---------------------------------------------------------------- private operators
-_ARGS = (
-    "Tensor x, Tensor w_gate_up, Tensor w_down, Tensor? weights, Tensor? b_gate_up, Tensor? b_down, "
-    "Tensor row_order, Tensor row_index, Tensor expert_offsets, "
-)
-_OPTIONS = (
-    "str activation, float alpha, float limit, bool interleaved, bool transposed, bool allow_tf32, "
-    "bool batch_invariant, "
-)
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(device, dtype, T, R, E, H, I, bias, activation, alpha, limit, interleaved, transposed, allow_tf32,
-          batch_invariant, training, implementation):  # fmt: skip
-    """Implementation, problem and activation of a call, cached on plain values: making them outweighs a launch."""
-    problem = Problem(
-        "fused_experts", device.type, arch_of(device), dtype, T, R // T if T else 1, E, H, I, activation, interleaved,
-        transposed, bias, training, allow_tf32, batch_invariant,
-    )  # fmt: skip
-    return OP.select(problem, implementation), problem, resolve(activation).with_constants(alpha, limit)
-
-
-def _forward(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, *rest):
-    T, H = x.shape
-    module, problem, act = _plan(
-        x.device, x.dtype, T, row_order.shape[0], expert_offsets.shape[0] - 1, H, w_down.shape[1 if rest[4] else 2],
-        b_gate_up is not None or b_down is not None, *rest,
-    )  # fmt: skip
-    return module.fused_experts(
-        x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
-    )
-
-
-def _call(x, *rest):
-    y, hidden = _forward(x, *rest)
-    return y, x.new_empty(0) if hidden is None else hidden
-
-
-def _fake(x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, *rest):
-    transposed, save = rest[4], rest[7]
-    width = w_gate_up.shape[2 if transposed else 1]
-    return x.new_empty(x.shape), x.new_empty((row_order.shape[0], width) if save else (0,))
-
-
-def _call_backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index,
-                   expert_offsets, *rest):  # fmt: skip
-    *options, needs, implementation = rest
-    T, H = x.shape
-    module, problem, act = _plan(
-        x.device, x.dtype, T, row_order.shape[0], expert_offsets.shape[0] - 1, H, w_down.shape[1 if options[4] else 2],
-        b_gate_up is not None or b_down is not None, *options, True, implementation,
-    )  # fmt: skip
-    return module.fused_experts_backward(
-        grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, act,
-        problem, needs,
-    )  # fmt: skip
-
-
-def _fake_backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, *rest):
-    needs = rest[-2]
-    inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
-
-
-define(
-    f"fused_experts({_ARGS}Tensor? residual, {_OPTIONS}bool save, str implementation) -> (Tensor, Tensor)",
-    _call, _fake,
-)  # fmt: skip
-define(
-    f"fused_experts_backward(Tensor grad, Tensor hidden, {_ARGS}{_OPTIONS}bool[] needs, str implementation) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _call_backward, _fake_backward,
-)  # fmt: skip
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1], *inputs[:9])
-    ctx.options, ctx.implementation = inputs[10:17], inputs[18]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx, grad, _):
-    hidden, *tensors = ctx.saved_tensors
-    needs, grads = list(ctx.needs_input_grad[:6]), [None] * 6
-    if any(needs):  # otherwise hidden was not kept
-        grads = torch.ops.moesaic.fused_experts_backward(
-            grad.contiguous(), hidden, *tensors, *ctx.options, needs, ctx.implementation
-        )
-    grads = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return (*grads, None, None, None, grad if ctx.needs_input_grad[9] else None, *([None] * 9))
-
-
-differentiable("fused_experts", _autograd, _setup)

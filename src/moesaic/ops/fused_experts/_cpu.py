@@ -7,24 +7,27 @@ are read where they are. `_cpu_build` makes the kernels; this file says when the
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import hardware
+from ...activations import Activation, resolve
 from . import _cpu_build
-from ._cpu_backward import backward as fused_experts_backward
+from ._cpu_backward import backward
 from ._cpu_build import status
 from ._cpu_calls import ACTIVATIONS, DTYPES, call, pointer
 from ._cpu_rows import activation, chunks, groups, products, sum_rows
 
-__all__ = ["fused_experts", "fused_experts_backward", "status", "why_not"]
+__all__ = ["backward", "forward", "status", "why_not"]
+NEEDS = "compiler"
 
 _ARGUMENTS = struct.Struct("@12P19q2d")  # `arguments` of layer.h
 AMX_ROWS = 3
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     if problem.device != "cpu":
         return f"needs CPU tensors, got {problem.device}"
     if problem.dtype not in DTYPES:
@@ -53,11 +56,11 @@ def _torch_products(dtype: torch.dtype, rows: float, input_major: bool) -> bool:
     return rows >= CROSSOVER[dtype]
 
 
-def _rows_per_live_expert(problem) -> float:
+def _rows_per_live_expert(problem: Any, tokens: int) -> float:
     """The mean, were routing even: of T tokens each expert is chosen by some with probability 1 - (1 - K/E)ᵀ."""
     E = max(problem.num_experts, 1)
-    chosen = E * (1 - (1 - min(problem.top_k / E, 1.0)) ** problem.num_tokens)
-    return problem.num_slots / chosen if chosen else 0.0
+    chosen = E * (1 - (1 - min(problem.top_k / E, 1.0)) ** tokens)
+    return tokens * problem.top_k / chosen if chosen else 0.0
 
 
 def _pairs() -> bool:
@@ -78,64 +81,52 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def fused_experts(
-    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
-):
-    if _torch_products(x.dtype, _rows_per_live_expert(problem), w_gate_up.stride(-1 - (not problem.transposed)) == 1):
-        return _by_rows(
-            x,
-            w_gate_up,
-            w_down,
-            weights,
-            b_gate_up,
-            b_down,
-            row_order,
-            row_index,
-            expert_offsets,
-            residual,
-            act,
-            problem,
-        )
-    native = _cpu_build.load()
+def forward(o: Any, problem: Any) -> tuple[tuple[Tensor], dict[str, Tensor] | None]:
+    x, act, weights = o.x, resolve(problem.activation).with_constants(problem.alpha, problem.limit), o.weights
     T, H = x.shape
-    R, I = row_order.shape[0], problem.intermediate_size
-    x, residual = _rows(x), None if residual is None else _rows(residual)
-    w_gate_up, up = _matrix(w_gate_up, problem.transposed)
-    w_down, down = _matrix(w_down, problem.transposed)
-    b_gate_up, b_down = (None if b is None else b.contiguous() for b in (b_gate_up, b_down))
+    input_major = o.w_gate_up.stride(-1 - (not problem.transposed)) == 1
     weights = None if weights is None else weights.to(torch.float32).contiguous()
-    row_order, row_index, expert_offsets = (t.contiguous() for t in (row_order, row_index, expert_offsets))
+    if _torch_products(x.dtype, _rows_per_live_expert(problem, T), input_major):
+        return _by_rows(o, weights, act, problem)
+    native = _cpu_build.load()
+    R, I = o.row_order.shape[0], problem.intermediate_size
+    x, residual = _rows(x), None if o.residual is None else _rows(o.residual)
+    w_gate_up, up = _matrix(o.w_gate_up, problem.transposed)
+    w_down, down = _matrix(o.w_down, problem.transposed)
+    b_gate_up, b_down = (None if b is None else b.contiguous() for b in (o.b_gate_up, o.b_down))
+    row_order, row_index, expert_offsets = (t.contiguous() for t in (o.row_order, o.row_index, o.expert_offsets))
     out = x.new_empty(T, H)
-    hidden = x.new_empty(R, act.width(I)) if problem.training else None
+    preact = x.new_empty(R, act.width(I)) if problem.training else None
     given = _ARGUMENTS.pack(
         pointer(x), pointer(w_gate_up), pointer(b_gate_up), pointer(w_down), pointer(b_down), pointer(residual),
         pointer(weights), pointer(row_order), pointer(row_index), pointer(expert_offsets), pointer(out),
-        pointer(hidden),
+        pointer(preact),
         T, R // T if T else 1, expert_offsets.shape[0] - 1, H, I, x.stride(0),
         0 if residual is None else residual.stride(0), *up, *down,
         DTYPES[x.dtype], ACTIVATIONS[act.name], problem.interleaved, torch.get_num_threads(),
         AMX_ROWS if native.amx else 0, _pairs(), act.alpha, act.limit,
     )  # fmt: skip
     call("moesaic_fused_experts", given)
-    return out, hidden
+    return (out,), None if preact is None else {"preact": preact}
 
 
 def _by_rows(
-    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
-):
+    o: Any, weights: Tensor | None, act: Activation, problem: Any
+) -> tuple[tuple[Tensor], dict[str, Tensor] | None]:
     """The layer with torch's products, where they are the faster ones."""
-    (live, experts, sizes), R, H = groups(expert_offsets), row_order.shape[0], x.shape[1]
-    ups, downs = (w_gate_up, w_down) if problem.transposed else (w_gate_up.mT, w_down.mT)
+    x, (live, experts, sizes), R, H = o.x, groups(o.expert_offsets), o.row_order.shape[0], o.x.shape[1]
+    ups, downs = (o.w_gate_up, o.w_down) if problem.transposed else (o.w_gate_up.mT, o.w_down.mT)
     width = act.width(problem.intermediate_size)
-    hidden, y = x.new_empty(R, width) if problem.training else None, x.new_empty(live, H)
-    tokens = row_order[:live] // problem.top_k
+    preact, y = x.new_empty(R, width) if problem.training else None, x.new_empty(live, H)
+    tokens = o.row_order[:live] // problem.top_k
     for rows, which in chunks(sizes, width):
-        kept = None if hidden is None else hidden[rows]
+        kept = None if preact is None else preact[rows]
         some, counts = experts[which], sizes[which]
-        h = products(x.index_select(0, tokens[rows]), ups, some, counts, b_gate_up, kept)
+        h = products(x.index_select(0, tokens[rows]), ups, some, counts, o.b_gate_up, kept)
         a = activation(act, h, problem.intermediate_size, problem.interleaved)
-        products(a, downs, some, counts, b_down, y[rows])
-    if hidden is not None:
-        hidden[live:] = 0
-    weights = None if weights is None else weights.to(torch.float32).contiguous()
-    return sum_rows(y, row_index, x, problem.top_k, weights, None if residual is None else _rows(residual)), hidden
+        products(a, downs, some, counts, o.b_down, y[rows])
+    if preact is not None:
+        preact[live:] = 0
+    residual = None if o.residual is None else _rows(o.residual)
+    out = sum_rows(y, o.row_index, x, problem.top_k, weights, residual)
+    return (out,), None if preact is None else {"preact": preact}

@@ -8,10 +8,12 @@ gradient of each row's token; `da`, `dh`, `dxs` are the gradients of activations
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...activations import resolve
 from . import _cpu_build
 from ._cpu_calls import DTYPES, call, pointer
 from ._cpu_rows import activation_backward, groups, products, sum_rows
@@ -44,35 +46,36 @@ def _bias_gradient(like: Tensor, rows: Tensor, experts: list[int], sizes: list[i
     return out
 
 
-def backward(grad, hidden, x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets,
-             act, problem, needs):  # fmt: skip
-    """The gradients of x, both weights, the routing weights and both biases; an empty tensor where none is needed."""
-    need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
-    (live, experts, sizes), K = groups(expert_offsets), problem.top_k
-    ups, downs = (w_gate_up.mT, w_down.mT) if problem.transposed else (w_gate_up, w_down)
-    order = row_order[:live]
-    grads = grad.index_select(0, order // K)
-    scale = None if weights is None else weights.reshape(-1).float().index_select(0, order)
-    dx = dup = ddown = dweights = dbup = dbdown = x.new_empty(0)
-    tables = (row_order, expert_offsets, K)
-    if any(needs[:5]):
-        da = products(grads, downs, experts, sizes)
-        dh, a, ds = activation_backward(act, hidden, da, scale, problem.interleaved, need_down, need_weights)
-        if need_weights and weights is not None:
-            dweights = _weights_gradient(weights, ds, grads, b_down, order, experts, sizes)
-        if need_down:
-            ddown = _weight_gradient(w_down, *((a, grads) if problem.transposed else (grads, a)), None, *tables)
-        if need_up:
+def backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
+    """The gradients of x, both weights, the routing weights and both biases, as far as they are needed."""
+    act = resolve(problem.activation).with_constants(problem.alpha, problem.limit)
+    x, (live, experts, sizes), K, made = o.x, groups(o.expert_offsets), problem.top_k, {}
+    ups, downs = (o.w_gate_up.mT, o.w_down.mT) if problem.transposed else (o.w_gate_up, o.w_down)
+    order = o.row_order[:live]
+    given = grads.y.index_select(0, order // K)
+    scale = None if o.weights is None else o.weights.reshape(-1).float().index_select(0, order)
+    tables = (o.row_order, o.expert_offsets, K)
+    if needs.x or needs.w_gate_up or needs.w_down or needs.weights or needs.b_gate_up:
+        da = products(given, downs, experts, sizes)
+        dh, a, ds = activation_backward(
+            act, saved.preact, da, scale, problem.interleaved, needs.w_down, needs.weights
+        )  # fmt: skip
+        if needs.weights and o.weights is not None:
+            made["weights"] = _weights_gradient(o.weights, ds, given, o.b_down, order, experts, sizes)
+        if needs.w_down:
+            sides = (a, given) if problem.transposed else (given, a)
+            made["w_down"] = _weight_gradient(o.w_down, *sides, None, *tables)
+        if needs.w_gate_up:
             x = x if x.stride(1) == 1 else x.contiguous()
-            dup = _weight_gradient(w_gate_up, *((x, dh) if problem.transposed else (dh, x)), x, *tables)
-        if need_bup:
-            dbup = _bias_gradient(b_gate_up, dh, experts, sizes)
-        if need_x:
-            dx = sum_rows(products(dh, ups, experts, sizes), row_index, x, K)
-    if need_bdown:
-        wide = grads.float()
-        dbdown = _bias_gradient(b_down, wide if scale is None else wide * scale[:, None], experts, sizes)
-    return dx, dup, ddown, dweights, dbup, dbdown
+            made["w_gate_up"] = _weight_gradient(o.w_gate_up, *((x, dh) if problem.transposed else (dh, x)), x, *tables)
+        if needs.b_gate_up:
+            made["b_gate_up"] = _bias_gradient(o.b_gate_up, dh, experts, sizes)
+        if needs.x:
+            made["x"] = sum_rows(products(dh, ups, experts, sizes), o.row_index, x, K)
+    if needs.b_down:
+        wide = given.float()
+        made["b_down"] = _bias_gradient(o.b_down, wide if scale is None else wide * scale[:, None], experts, sizes)
+    return made
 
 
 def _weights_gradient(weights: Tensor, ds: Tensor, grads: Tensor, b_down: Tensor | None, order: Tensor,

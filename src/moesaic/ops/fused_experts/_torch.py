@@ -7,11 +7,12 @@ Products go through the same per-expert `mm` as `grouped_matmul`; activations ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...activations import apply, apply_backward
+from ...activations import ACTIVATIONS, Activation, apply, apply_backward
 from ..grouped_matmul._torch import Products, bias_grad, live_experts, wgrad, zero_gradients
 
 # Elements of a chunk's widest intermediate: it stays in the L3 between the two products.
@@ -20,7 +21,7 @@ CHUNK_ELEMENTS = 1 << 20
 BLOCK_ELEMENTS = 1 << 17
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     return "the order of its sums depends on the batch" if problem.batch_invariant else None
 
 
@@ -42,7 +43,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _activate(act, h: Tensor, interleaved: bool) -> Tensor:
+def _activate(act: Activation, h: Tensor, interleaved: bool) -> Tensor:
     """`act(h)` computed in fp32, rounded once, a block of rows at a time."""
     if h.dtype in (torch.float32, torch.float64):
         return apply(act, h, interleaved)
@@ -92,88 +93,75 @@ def _combine_block(
     out.copy_(total if residual is None else total.add_(residual))
 
 
-def fused_experts(
-    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem
-):
-    R, width = row_order.shape[0], act.width(problem.intermediate_size)
-    ups, downs = (w_gate_up, w_down) if problem.transposed else (w_gate_up.mT, w_down.mT)
-    chunks = list(_chunks(expert_offsets, width))
+def _activation(problem: Any) -> Activation:
+    return ACTIVATIONS[problem.activation].with_constants(problem.alpha, problem.limit)
+
+
+def forward(o: Any, problem: Any) -> tuple[tuple[Tensor], dict[str, Tensor] | None]:
+    act, x, R = _activation(problem), o.x, o.row_order.shape[0]
+    width = act.width(problem.intermediate_size)
+    ups, downs = (o.w_gate_up, o.w_down) if problem.transposed else (o.w_gate_up.mT, o.w_down.mT)
+    chunks = list(_chunks(o.expert_offsets, width))
     live = chunks[-1][0].stop if chunks else 0
     whole = len(chunks) == 1 and live == R  # one chunk's results are the results
-    hidden = None if whole or not problem.training else x.new_empty(R, width)
+    preact = None if whole or not problem.training else x.new_empty(R, width)
     y, out = x.new_empty((0,) if whole else (R, x.shape[1])), x.new_empty(x.shape)
-    tokens, product = row_order // problem.top_k, Products(x)
+    tokens, product = o.row_order // problem.top_k, Products(x)
     for rows, experts, sizes in chunks:
-        kept = None if hidden is None else hidden[rows]
-        h = product(x.index_select(0, tokens if whole else tokens[rows]), ups, experts, sizes, b_gate_up, kept)
+        kept = None if preact is None else preact[rows]
+        h = product(x.index_select(0, tokens if whole else tokens[rows]), ups, experts, sizes, o.b_gate_up, kept)
         a = _activate(act, h, problem.interleaved)
-        ys = product(a, downs, experts, sizes, b_down, None if whole else y[rows])
+        ys = product(a, downs, experts, sizes, o.b_down, None if whole else y[rows])
         if whole:
-            hidden, y = h if problem.training else None, ys
-    if hidden is not None:
-        hidden[live:] = 0
-    _combine(y, weights, row_index, out, live < R, residual)
-    return out, hidden
+            preact, y = h if problem.training else None, ys
+    if preact is not None:
+        preact[live:] = 0
+    _combine(y, o.weights, o.row_index, out, live < R, o.residual)
+    return (out,), None if preact is None else {"preact": preact}
 
 
-def fused_experts_backward(
-    grad,
-    hidden,
-    x,
-    w_gate_up,
-    w_down,
-    weights,
-    b_gate_up,
-    b_down,
-    row_order,
-    row_index,
-    expert_offsets,
-    act,
-    problem,
-    needs,
-):
+def backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
     """SonicMoE's order, so that y is never kept.
 
     `dA' = dO W_down`, `dS = <dA', a>`, `dH = s·dA'·act'(h)`, `dW_down = dOᵀ (s·a)`, `dW_gate_up = dHᵀ x`,
     `dx = dH W_gate_up`.
     """
-    need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
-    inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-    dx, dup, ddown, dweights, dbup, dbdown = zero_gradients(inputs, needs)
-    ups, downs = (w_gate_up.mT, w_down.mT) if problem.transposed else (w_gate_up, w_down)
-    R, tokens, product, live = row_order.shape[0], row_order // problem.top_k, Products(x), 0
-    dxs = x.new_empty((R, x.shape[1]) if need_x else (0,))
-    through = need_x or need_up or need_bup  # does anything want the gradient of the pre-activations?
-    scales = None if weights is None else _wide(weights).reshape(-1).index_select(0, row_order)[:, None]
-    for rows, experts, sizes in _chunks(expert_offsets, hidden.shape[1]):
+    act, x, grad, made = _activation(problem), o.x, grads.y, zero_gradients(o, needs)
+    ups, downs = (o.w_gate_up.mT, o.w_down.mT) if problem.transposed else (o.w_gate_up, o.w_down)
+    R, tokens, product, live = o.row_order.shape[0], o.row_order // problem.top_k, Products(x), 0
+    dxs = x.new_empty((R, x.shape[1]) if needs.x else (0,))
+    through = needs.x or needs.w_gate_up or needs.b_gate_up  # does anything want the pre-activations' gradient?
+    scales = None if o.weights is None else _wide(o.weights).reshape(-1).index_select(0, o.row_order)[:, None]
+    for rows, experts, sizes in _chunks(o.expert_offsets, saved.preact.shape[1]):
         live = rows.stop
-        grads, h = grad.index_select(0, tokens[rows]), _wide(hidden[rows])
+        given, h = grad.index_select(0, tokens[rows]), _wide(saved.preact[rows])
         scale = None if scales is None else scales[rows].to(h.dtype)
-        if through or need_weights:
-            da = _wide(product(grads, downs, experts, sizes))
-        if need_down or need_weights:
+        if through or needs.weights:
+            da = _wide(product(given, downs, experts, sizes))
+        if needs.w_down or needs.weights:
             a = apply(act, h, problem.interleaved)
-            if need_weights:
+            if needs.weights:
                 ds = (da * a).sum(-1)
-                if b_down is not None:
-                    ds += (_wide(grads) * _wide(b_down[_repeat(experts, sizes, grads)])).sum(-1)
-                dweights.view(-1).index_copy_(0, row_order[rows].long(), ds.to(dweights.dtype))
-            if need_down:
-                wgrad(grads, _scaled(a, scale).to(x.dtype), ddown, experts, sizes, problem.transposed)
-        if need_bdown:
-            bias_grad(_scaled(_wide(grads), scale), dbdown, experts, sizes)
+                if o.b_down is not None:
+                    ds += (_wide(given) * _wide(o.b_down[_repeat(experts, sizes, given)])).sum(-1)
+                made["weights"].view(-1).index_copy_(0, o.row_order[rows].long(), ds.to(made["weights"].dtype))
+            if needs.w_down:
+                wgrad(given, _scaled(a, scale).to(x.dtype), made["w_down"], experts, sizes, problem.transposed)
+        if needs.b_down:
+            bias_grad(_scaled(_wide(given), scale), made["b_down"], experts, sizes)
         if through:
             dh = apply_backward(act, h, _scaled(da, scale), problem.interleaved)
-            if need_bup:
-                bias_grad(dh, dbup, experts, sizes)
+            if needs.b_gate_up:
+                bias_grad(dh, made["b_gate_up"], experts, sizes)
             dh = dh.to(x.dtype)
-            if need_up:
-                wgrad(dh, x.index_select(0, tokens[rows]), dup, experts, sizes, problem.transposed)
-            if need_x:
+            if needs.w_gate_up:
+                source = x.index_select(0, tokens[rows])
+                wgrad(dh, source, made["w_gate_up"], experts, sizes, problem.transposed)
+            if needs.x:
                 product(dh, ups, experts, sizes, out=dxs[rows])
-    if need_x:
-        _combine(dxs, None, row_index, dx, live < R)
-    return dx, dup, ddown, dweights, dbup, dbdown
+    if needs.x:
+        _combine(dxs, None, o.row_index, made["x"], live < R)
+    return made
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

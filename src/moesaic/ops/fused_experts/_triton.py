@@ -7,98 +7,136 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...activations import ACTIVATIONS
 from ...hardware import tl, triton
-from ...launch import Launch, pow2, unit_rows
-from ..grouped_matmul import _triton as products
-from ..permute._triton import spread, unpermute
+from ...launch import Kernel, pow2, unit_rows
+from ..grouped_matmul import gpu
+from ..grouped_matmul.gpu.epilogue import clamped
+from ..grouped_matmul.gpu.schedule import Tiles, TileTable
+from ..grouped_matmul.gpu.spec import Epilogue, Gemm, GemmSpec
+from ..grouped_matmul.gpu.wgrad import bias_grad, wgrad
+from ..permute._triton import combine, spread
+
+NEEDS = "triton"
+Strides = tuple[int, int, int]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def why_not(problem) -> str | None:
-    return products.why_not(problem)
+def why_not(problem: Any) -> str | None:
+    if problem.dtype not in DTYPES:
+        return f"needs bf16, fp16 or fp32, got {str(problem.dtype).removeprefix('torch.')}"
+    if not problem.kernel:
+        return None
+    reasons = (gpu.forced_why_not(problem.kernel, spec) for spec in _contiguous(problem))
+    return next((reason for reason in reasons if reason), None)
 
 
-def default_config(problem) -> tuple[products.Config, products.Config]:
-    """The configurations of the up and the down product."""
-    H, I, R, E = problem.hidden_size, problem.intermediate_size, problem.num_slots, problem.num_experts
-    down = products.Product(R, E, H, I, H, 0, products.swaps(problem, K=I, gathered=False))
-    return _up_config(problem), products.choose(problem.arch, problem.dtype, problem.batch_invariant, down)
+def details(problem: Any) -> list[str]:
+    """What `explain` shows: kernel and tiles of both products, and why not the others."""
+    rows = max(problem.num_tokens, 1) * problem.top_k
+    up, down = (spec.of(rows) for spec in _contiguous(problem))
+    return gpu.explained("up", up, True, problem.kernel) + gpu.explained("down", down, False, problem.kernel)
 
 
-def _up_config(problem) -> products.Config:
-    sorts = _sorts(problem)
-    product = _up(problem, 0 if sorts else problem.num_tokens, gathered=not sorts)
-    return products.choose(problem.arch, problem.dtype, problem.batch_invariant, product)
-
-
-def _sorts(problem) -> bool:
-    """Are rows copied into their order before the up product? Then what can make it need not gather."""
-    return products.sorts_first(problem.arch, problem.dtype, _up(problem, problem.num_tokens, gathered=False))
-
-
-def _up(problem, sources: int, gathered: bool) -> products.Product:
-    """The up product of rows from `sources` tokens, 0 for rows in order; does what can make it gather them?"""
-    H, I, act = problem.hidden_size, problem.intermediate_size, ACTIVATIONS[problem.activation]
-    swap = products.swaps(problem, K=H, gathered=gathered, gated=act.gated, keeps=problem.training)
-    return products.Product(problem.num_slots, problem.num_experts, act.width(I), H, I, sources, swap)
-
-
-def configs(problem):
-    return products.configs()
-
-
-def padding(problem, tokens_per_expert: Sequence[int]) -> float:
+def padding(problem: Any, tokens_per_expert: Sequence[int]) -> float:
     """Rows that the up product's tiles compute for nobody, over the rows that there are; 0 where there are none.
 
     Every expert's rows are rounded up to its tiles.
     """
-    config = _up_config(problem)
+    up, _ = _contiguous(problem)
+    config = gpu.choices(up, True, problem.kernel).choice(sum(tokens_per_expert)).config
     return sum(config.padded(rows)[0] - rows for rows in tokens_per_expert) / max(sum(tokens_per_expert), 1)
 
 
-def fused_experts(
-    x, w_gate_up, w_down, weights, b_gate_up, b_down, row_order, row_index, expert_offsets, residual, act, problem,
-    config: tuple[products.Config, products.Config] | None = None,
-):  # fmt: skip
-    R, K = row_order.shape[0], problem.top_k
-    hidden = x.new_empty(R, act.width(problem.intermediate_size)) if problem.training else None
+# ---------------------------------------------------------------- which products
+def _contiguous(problem: Any) -> tuple[GemmSpec, GemmSpec]:
+    """Both forward products of tokens and weights that lie in memory without gaps."""
+    H, I = problem.hidden_size, problem.intermediate_size
+    N = ACTIVATIONS[problem.activation].width(I)
+    up: Strides = (N * H, N, 1) if problem.transposed else (N * H, H, 1)
+    down: Strides = (H * I, H, 1) if problem.transposed else (H * I, I, 1)
+    return _specs(problem, H, up, down, problem.bias, problem.bias)
+
+
+def _specs(
+    problem: Any, stride: int, up: Strides, down: Strides, up_bias: bool, down_bias: bool
+) -> tuple[GemmSpec, GemmSpec]:
+    """The up and the down product, given the strides of x's rows and of the weights as they are stored."""
+    H, I, half = problem.hidden_size, problem.intermediate_size, problem.dtype == torch.float16
+    if problem.transposed:
+        up, down = (up[0], up[2], up[1]), (down[0], down[2], down[1])
+    inner = Epilogue(
+        problem.activation, problem.alpha, problem.limit, problem.interleaved, up_bias, problem.training,
+        saturates=half,
+    )  # fmt: skip
+    shared = dict(tf32=problem.allow_tf32, batch_invariant=problem.batch_invariant)
+    return (
+        GemmSpec(problem.gpu, problem.dtype, problem.num_experts, I, H, (stride, *up), top_k=problem.top_k,
+                 epilogue=inner, **shared),
+        GemmSpec(problem.gpu, problem.dtype, problem.num_experts, H, I, (I, *down),
+                 epilogue=Epilogue(bias=down_bias, scaled=half, saturates=half), **shared),
+    )  # fmt: skip
+
+
+def _products(
+    problem: Any, stride: int, up: Strides, down: Strides, up_bias: bool, down_bias: bool,
+    weighted: bool,
+) -> tuple[gpu.Choices, gpu.Choices, bool]:  # fmt: skip
+    """The choices for both products of a layer; does the down product's epilogue weigh the rows?
+
+    In fp16 it does, since an expert's output may be larger than what fp16 holds where its share of the sum is not.
+    """
+    first, second = _specs(problem, stride, up, down, up_bias, down_bias)
+    if not weighted:
+        second = replace(second, epilogue=replace(second.epilogue, scaled=False))
+    kernel = problem.kernel
+    return gpu.choices(first, True, kernel), gpu.choices(second, kernel=kernel), second.epilogue.scaled
+
+
+def forward(o: Any, problem: Any) -> tuple[tuple[Tensor], dict[str, Tensor] | None]:
+    x, R, K = o.x, o.row_order.shape[0], problem.top_k
+    preact = None
+    if problem.training:
+        preact = x.new_empty(R, ACTIVATIONS[problem.activation].width(problem.intermediate_size))
+    saved = None if preact is None else {"preact": preact}
     if R == 0:
         y = x.new_zeros(x.shape)
-        return y if residual is None else y.copy_(residual), hidden
-    x, b_gate_up, b_down = unit_rows(x), _packed(b_gate_up), _packed(b_down)
-    sorts, up, down, sizes = _plan(
-        problem, config, R, act.alpha, act.limit, x.stride(0), w_gate_up.stride(), w_down.stride(),
-        b_gate_up is not None, b_down is not None, products.aligned(x, w_gate_up), products.aligned(w_down, w_down),
-        x.get_device(),
+        return (y if o.residual is None else y.copy_(o.residual),), saved
+    x, b_gate_up, b_down, weights = unit_rows(x), _packed(o.b_gate_up), _packed(o.b_down), o.weights
+    key = (
+        x.stride(0), o.w_gate_up.stride(), o.w_down.stride(), b_gate_up is not None, b_down is not None,
+        weights is not None,
     )  # fmt: skip
-    tiles = products.TileTable(expert_offsets, R, *sizes)
-    rows, gather = (spread(x, row_index, K), None) if sorts else (x, row_order)
-    a = up(rows, w_gate_up, tiles, gather, b_gate_up, hidden)
-    y = down(a, w_down, tiles, None, b_down)
-    return unpermute(y, weights, row_index, K, residual), hidden
+    plan = problem.memo.get(key)
+    if plan is None:
+        plan = problem.memo[key] = _products(problem, *key)
+    ups, downs, scaled = plan
+    up, down = ups.gemm(R), downs.gemm(R)
+    table = TileTable(o.expert_offsets, R, *_tiles(up, down))
+    rows, gather = (x, o.row_order) if up.spec.top_k else (spread(x, o.row_index, K), None)
+    a = up(rows, _view(o.w_gate_up, problem), table, gather, b_gate_up, preact)
+    scale = _packed(weights) if scaled else None
+    y = down(a, _view(o.w_down, problem), table, o.row_order if scaled else None, b_down, scale=scale)
+    return (combine(y, None if scaled else weights, o.row_index, K, o.residual),), saved
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    problem, config: tuple[products.Config, products.Config] | None, R: int, alpha: float, limit: float, stride: int,
-    up_strides: tuple[int, ...], down_strides: tuple[int, ...], up_bias: bool, down_bias: bool, up_aligned: bool,
-    down_aligned: bool, device: int,
-) -> tuple[bool, products.Gemm, products.Gemm, tuple]:  # fmt: skip
-    """Are rows copied into their order first; the up and the down product; what they ask of the tile table."""
-    H, I, transposed, sorts = problem.hidden_size, problem.intermediate_size, problem.transposed, _sorts(problem)
-    up, down = config or (None, None)
-    up = products.plan(
-        problem, up, R, R if sorts else problem.num_tokens, I, H, transposed, (H if sorts else stride, *up_strides),
-        up_aligned, device, 0 if sorts else problem.top_k, up_bias, (problem.activation, alpha, limit),
-        problem.training,
-    )  # fmt: skip
-    down = products.plan(problem, down, R, R, H, I, transposed, (I, *down_strides), down_aligned, device,
-                         bias=down_bias)  # fmt: skip
-    return sorts, up, down, tuple(dict.fromkeys(g.tiles for g in (up, down) if g.tiles))
+def _tiles(up: Gemm, down: Gemm) -> tuple[Tiles, ...]:
+    """What both ask of the tile table."""
+    if up.tiles is None or down.tiles is None or up.tiles == down.tiles:
+        only = up.tiles or down.tiles
+        return () if only is None else (only,)
+    return up.tiles, down.tiles
+
+
+def _view(w: Tensor, problem: Any) -> Tensor:
+    """The weights as `(E, N, K)`."""
+    return w.mT if problem.transposed else w
 
 
 def _packed(t: Tensor | None) -> Tensor | None:
@@ -106,13 +144,74 @@ def _packed(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+# ---------------------------------------------------------------- backward
+@functools.lru_cache(maxsize=4096)
+def _dgrad(problem: Any, N: int, K: int, strides: tuple[int, int, int, int], top_k: int) -> gpu.Choices:
+    """The choices for a product with a weight the other way about."""
+    e = Epilogue(saturates=problem.dtype == torch.float16)
+    spec = GemmSpec(
+        problem.gpu, problem.dtype, problem.num_experts, N, K, strides, top_k=top_k, epilogue=e,
+        tf32=problem.allow_tf32, batch_invariant=problem.batch_invariant,
+    )  # fmt: skip
+    return gpu.choices(spec, kernel=problem.kernel)
+
+
+def backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
+    R, K = o.row_order.shape[0], problem.top_k
+    if R == 0:
+        return {name: torch.zeros_like(t) for name, t, need in zip(o._fields, o, needs, strict=True) if need}
+    grad, x, offsets, out = unit_rows(grads.y), unit_rows(o.x), o.expert_offsets, {}
+    weights, b_down, transposed, arch = _packed(o.weights), _packed(o.b_down), problem.transposed, problem.gpu.arch
+    table = TileTable(offsets, R)
+    if needs.x or needs.w_gate_up or needs.b_gate_up or needs.weights or needs.w_down:
+        w = _view(o.w_down, problem).mT  # (E, I, H)
+        product = _dgrad(problem, w.shape[1], w.shape[2], (grad.stride(0), *w.stride()), K).gemm(R)
+        da = product(grad, w, table, o.row_order)
+        dh, scaled, out["weights"] = _activation_backward(da, saved.preact, weights, grad, b_down, o, problem)
+        if needs.w_down:
+            out["w_down"] = wgrad(grad, scaled, offsets, o.w_down, transposed, arch, problem.allow_tf32,
+                                  left_gather=o.row_order, top_k=K)  # fmt: skip
+        if needs.w_gate_up:
+            out["w_gate_up"] = wgrad(dh, x, offsets, o.w_gate_up, transposed, arch, problem.allow_tf32,
+                                     right_gather=o.row_order, top_k=K)  # fmt: skip
+        if needs.b_gate_up:
+            out["b_gate_up"] = bias_grad(dh, offsets, o.b_gate_up)
+        if needs.x:
+            w = _view(o.w_gate_up, problem).mT  # (E, H, 2I)
+            product = _dgrad(problem, w.shape[1], w.shape[2], (w.shape[2], *w.stride()), 0).gemm(R)
+            out["x"] = combine(product(dh, w, table), None, o.row_index, K)
+    if needs.b_down:
+        out["b_down"] = bias_grad(grad, offsets, o.b_down, o.row_order, weights, K)
+    return out
+
+
+def _activation_backward(
+    da: Tensor, preact: Tensor, weights: Tensor | None, grad: Tensor, b_down: Tensor | None, o: Any, problem: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dh, s·a, dweights)`, one program a row."""
+    act, H, I, E = ACTIVATIONS[problem.activation], problem.hidden_size, problem.intermediate_size, problem.num_experts
+    dh, scaled = torch.empty_like(preact), torch.empty_like(da)
+    dweights = da.new_empty(0) if weights is None else torch.empty_like(weights)
+    bound = activation_backward_kernel.bind(
+        H=H, I=I, E=E, E_POW2=pow2(E), TOP_K=problem.top_k, FORWARD=act.device[0], BACKWARD=act.device[1],
+        GATED=act.gated, INTERLEAVED=problem.interleaved, ALPHA=problem.alpha, LIMIT=problem.limit,
+        WEIGHTED=weights is not None, HAS_BIAS=b_down is not None, SATURATES=problem.dtype == torch.float16,
+        BLOCK=min(1024, max(16, pow2(I))),
+    )  # fmt: skip
+    pointers = (da, preact, weights, grad, b_down, o.row_order, o.expert_offsets, dh, scaled, dweights)
+    bound((da.shape[0], 1, 1), pointers, (grad.stride(0),))
+    return dh, scaled, dweights
+
+
+@Kernel
 @triton.jit
-def _activation_backward_kernel(
-    da_ptr, hidden_ptr, weights_ptr, grad_ptr, b_down_ptr, row_order_ptr, offsets_ptr, dh_ptr, scaled_ptr, dweights_ptr,
+def activation_backward_kernel(
+    da_ptr, preact_ptr, weights_ptr, grad_ptr, b_down_ptr, row_order_ptr, offsets_ptr, dh_ptr, scaled_ptr, dweights_ptr,
     stride_grad,
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, WEIGHTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SATURATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """For one row: `a = act(h)`, `dS = <dA', a> (+ <dO, b_down>)`, `dh = s·dA'·act'(h)`, `s·a`."""
     row = tl.program_id(0)
@@ -135,19 +234,19 @@ def _activation_backward_kernel(
         if GATED:
             offs_g = offs * 2 if INTERLEAVED else offs
             offs_u = offs * 2 + 1 if INTERLEAVED else offs + I
-            g = tl.load(hidden_ptr + row * WIDTH + offs_g, mask=mask, other=0.0).to(tl.float32)
-            u = tl.load(hidden_ptr + row * WIDTH + offs_u, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(preact_ptr + row * WIDTH + offs_g, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(preact_ptr + row * WIDTH + offs_u, mask=mask, other=0.0).to(tl.float32)
             a = FORWARD(g, u, ALPHA, LIMIT)
             dg, du = BACKWARD(g, u, d * scale, ALPHA, LIMIT)
-            tl.store(dh_ptr + row * WIDTH + offs_g, dg.to(dh_ptr.dtype.element_ty), mask=mask)
-            tl.store(dh_ptr + row * WIDTH + offs_u, du.to(dh_ptr.dtype.element_ty), mask=mask)
+            tl.store(dh_ptr + row * WIDTH + offs_g, clamped(dg, dh_ptr.dtype.element_ty, SATURATES), mask=mask)
+            tl.store(dh_ptr + row * WIDTH + offs_u, clamped(du, dh_ptr.dtype.element_ty, SATURATES), mask=mask)
         else:
-            u = tl.load(hidden_ptr + row * WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(preact_ptr + row * WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
             a = FORWARD(u, ALPHA, LIMIT)
             du = BACKWARD(u, d * scale, ALPHA, LIMIT)
-            tl.store(dh_ptr + row * WIDTH + offs, du.to(dh_ptr.dtype.element_ty), mask=mask)
+            tl.store(dh_ptr + row * WIDTH + offs, clamped(du, dh_ptr.dtype.element_ty, SATURATES), mask=mask)
         dot += tl.where(mask, d * a, 0.0)
-        tl.store(scaled_ptr + row * I + offs, (a * scale).to(scaled_ptr.dtype.element_ty), mask=mask)
+        tl.store(scaled_ptr + row * I + offs, clamped(a * scale, scaled_ptr.dtype.element_ty, SATURATES), mask=mask)
     if WEIGHTED:
         ds = tl.sum(dot, 0)
         if HAS_BIAS:
@@ -162,73 +261,3 @@ def _activation_backward_kernel(
                 dot += grad.to(tl.float32) * bias.to(tl.float32)
             ds += tl.sum(dot, 0)
         tl.store(dweights_ptr + slot, ds.to(dweights_ptr.dtype.element_ty))
-
-
-def fused_experts_backward(
-    grad,
-    hidden,
-    x,
-    w_gate_up,
-    w_down,
-    weights,
-    b_gate_up,
-    b_down,
-    row_order,
-    row_index,
-    expert_offsets,
-    act,
-    problem,
-    needs,
-):
-    need_x, need_up, need_down, need_weights, need_bup, need_bdown = needs
-    H, I, R, K = problem.hidden_size, problem.intermediate_size, row_order.shape[0], problem.top_k
-    out: list[Tensor] = [grad.new_empty(0) for _ in needs]
-    if R == 0:
-        inputs = (x, w_gate_up, w_down, weights, b_gate_up, b_down)
-        return tuple(torch.zeros_like(t) if need else o for t, need, o in zip(inputs, needs, out, strict=True))
-    grad, x, weights, b_down = unit_rows(grad), unit_rows(x), _packed(weights), _packed(b_down)
-    tiles = products.TileTable(expert_offsets, R)
-    if need_x or need_up or need_bup or need_weights or need_down:
-        da = products.gemm(grad, w_down, not problem.transposed, tiles, problem, N=I, K=H, gather=row_order, top_k=K)
-        dh, scaled, out[3] = _activation_backward(
-            da, hidden, weights, grad, b_down, row_order, expert_offsets, act, problem
-        )
-        if need_down:
-            out[2] = products.wgrad(grad, scaled, expert_offsets, w_down, problem.transposed, problem,
-                                    left_gather=row_order, top_k=K)  # fmt: skip
-        if need_up:
-            out[1] = products.wgrad(dh, x, expert_offsets, w_gate_up, problem.transposed, problem,
-                                    right_gather=row_order, top_k=K)  # fmt: skip
-        if need_bup:
-            out[4] = products.bias_grad(dh, expert_offsets, b_gate_up)
-        if need_x:
-            dxs = products.gemm(dh, w_gate_up, not problem.transposed, tiles, problem, N=H, K=act.width(I))
-            out[0] = unpermute(dxs, None, row_index, K)
-    if need_bdown and b_down is not None:
-        out[5] = products.bias_grad(grad, expert_offsets, b_down, row_order, weights, K)
-    if not need_weights:
-        out[3] = grad.new_empty(0)
-    return tuple(out)
-
-
-@functools.lru_cache(maxsize=4096)
-def _activation_backward_launch(
-    problem, R: int, alpha: float, limit: float, weights: torch.dtype | None, biased: bool, stride: int
-) -> Launch:
-    """Kept apart by all that the compiled kernel depends on; `stride` is that of the gradient's rows."""
-    act, I, E = ACTIVATIONS[problem.activation], problem.intermediate_size, problem.num_experts
-    constants = (
-        problem.hidden_size, I, E, pow2(E), problem.top_k, *act.device, act.gated, problem.interleaved, alpha, limit,
-        weights is not None, biased, min(1024, max(16, pow2(I))),
-    )  # fmt: skip
-    return Launch(_activation_backward_kernel, (R, 1, 1), constants)
-
-
-def _activation_backward(da, hidden, weights, grad, b_down, row_order, expert_offsets, act, problem):
-    """`(dh, s·a, dweights)`, one program a row."""
-    dh, scaled = torch.empty_like(hidden), torch.empty_like(da)
-    dweights = da.new_empty(0) if weights is None else torch.empty_like(weights)
-    stride, scales = grad.stride(0), None if weights is None else weights.dtype
-    launch = _activation_backward_launch(problem, da.shape[0], act.alpha, act.limit, scales, b_down is not None, stride)
-    launch((da, hidden, weights, grad, b_down, row_order, expert_offsets, dh, scaled, dweights), (stride,))
-    return dh, scaled, dweights

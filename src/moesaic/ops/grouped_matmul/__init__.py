@@ -5,18 +5,70 @@ Legend, here and nowhere else: R rows sorted by expert, K contraction, N output 
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 from torch import Tensor
 
 from ...errors import check_same, check_shape
-from ...hardware import arch_of
-from ...op import Op, autocast, define, differentiable, forced, watch
-from ...problem import Problem
+from ...guards import autocast
+from ...op import Op, Place, Table, octave
 from ...routing import Routing
 
 __all__ = ["grouped_matmul"]
 
-OP = Op("grouped_matmul", __name__, ("triton", "torch", "reference"))
+
+class Operands(NamedTuple):
+    rows: Tensor
+    w: Tensor
+    bias: Tensor | None
+    expert_offsets: Table
+
+
+class Options(NamedTuple):
+    transposed: bool = False
+    allow_tf32: bool = False
+    batch_invariant: bool = False
+
+
+class Outputs(NamedTuple):
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class GroupedMatmulProblem(Place):
+    """What choosing depends on. `hidden_size` is the contraction K, `intermediate_size` the width N; `kernel` names the
+    only one wanted of an implementation that has several."""
+
+    num_rows: int = 0
+    num_experts: int = 1
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    bias: bool = False
+    transposed: bool = False
+    allow_tf32: bool = False
+    batch_invariant: bool = False
+    kernel: str = ""
+
+
+_DESCRIBED = ("dtype", "num_rows", "num_experts", "hidden_size", "intermediate_size", "bias")
+
+
+def _describe(o: Operands, options: Options) -> tuple[Any, ...]:
+    E, N, K = o.w.shape
+    if options.transposed:
+        N, K = K, N
+    return o.rows.dtype, octave(o.rows.shape[0]), E, K, N, o.bias is not None
+
+
+def _fake(o: Operands, options: Options) -> Outputs:
+    return Outputs(o.rows.new_empty(o.rows.shape[0], o.w.shape[2 if options.transposed else 1]))
+
+
+OP = Op(
+    "grouped_matmul", __name__, ("triton", "torch", "reference"), operands=Operands, options=Options, outputs=Outputs,
+    problem=GroupedMatmulProblem, describe=(_DESCRIBED, _describe), fake=_fake,
+)  # fmt: skip
 
 
 def grouped_matmul(
@@ -40,7 +92,8 @@ def grouped_matmul(
         transposed: the weight is stored input-major.
         allow_tf32: let fp32 products round to TF32 on a GPU; IEEE otherwise.
         batch_invariant: as in `fused_experts`.
-        implementation: force one of `grouped_matmul.implementations`; by default the first that can run.
+        implementation: force one of `grouped_matmul.implementations`, or one kernel (`"triton:pointer"`); by default
+            the first that can run.
 
     Returns:
         `(R, N)` in the dtype of rows, accumulated in fp32; rows past `expert_offsets[-1]` are zero.
@@ -64,72 +117,8 @@ def grouped_matmul(
     if bias is not None:
         check_same(who, "device", "rows", rows.device, bias=bias.device)
         check_shape(who, "bias", bias, (E, N))
-    watch(who, rows, w, bias)
-    return torch.ops.moesaic.grouped_matmul(
-        rows, w, routing.expert_offsets, bias, transposed, allow_tf32, batch_invariant, forced(implementation)
-    )
+    operands = Operands(rows, w, bias, routing.expert_offsets)
+    return OP(operands, Options(transposed, allow_tf32, batch_invariant), implementation).out
 
 
 grouped_matmul.implementations = OP.implementations  # type: ignore[attr-defined]
-
-
-# ---------------------------------------------------------------- private operators
-def _select(rows: Tensor, w: Tensor, bias: Tensor | None, transposed: bool, allow_tf32: bool, batch_invariant: bool,
-            implementation: str):  # fmt: skip
-    E, N, K = (w.shape[0], w.shape[2], w.shape[1]) if transposed else w.shape
-    problem = Problem(
-        "grouped_matmul", rows.device.type, arch_of(rows.device), rows.dtype, rows.shape[0], 1, E, K, N,
-        transposed=transposed, bias=bias is not None, allow_tf32=allow_tf32, batch_invariant=batch_invariant,
-    )  # fmt: skip
-    return OP.select(problem, implementation), problem
-
-
-def _call(rows, w, expert_offsets, bias, *rest):
-    module, problem = _select(rows, w, bias, *rest)
-    return module.grouped_matmul(rows, w, expert_offsets, bias, problem)
-
-
-def _fake(rows, w, expert_offsets, bias, transposed, *_):
-    return rows.new_empty(rows.shape[0], w.shape[2] if transposed else w.shape[1])
-
-
-def _call_backward(grad, rows, w, expert_offsets, bias, *rest):
-    transposed, allow_tf32, batch_invariant, needs, implementation = rest
-    module, problem = _select(rows, w, bias, transposed, allow_tf32, batch_invariant, implementation)
-    return module.grouped_matmul_backward(grad, rows, w, expert_offsets, bias, problem, needs)
-
-
-def _fake_backward(grad, rows, w, expert_offsets, bias, *rest):
-    needs = rest[-2]
-    shapes = (rows.shape, w.shape, (0,) if bias is None else bias.shape)
-    return tuple(rows.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True))
-
-
-_ARGS = (
-    "Tensor rows, Tensor w, Tensor expert_offsets, Tensor? bias, bool transposed, bool allow_tf32, "
-    "bool batch_invariant, "
-)
-define(f"grouped_matmul({_ARGS}str implementation) -> Tensor", _call, _fake)
-define(
-    f"grouped_matmul_backward(Tensor grad, {_ARGS}bool[] needs, str implementation) -> (Tensor, Tensor, Tensor)",
-    _call_backward, _fake_backward,
-)  # fmt: skip
-
-
-def _setup(ctx, inputs, output):
-    rows, w, offsets, bias, *ctx.rest = inputs
-    ctx.save_for_backward(rows, w, offsets, bias)
-
-
-def _autograd(ctx, grad):
-    rows, w, offsets, bias = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    *options, implementation = ctx.rest
-    grads = torch.ops.moesaic.grouped_matmul_backward(
-        grad.contiguous(), rows, w, offsets, bias, *options, needs, implementation
-    )
-    drows, dw, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return drows, dw, None, dbias, None, None, None, None
-
-
-differentiable("grouped_matmul", _autograd, _setup)

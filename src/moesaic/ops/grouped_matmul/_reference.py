@@ -16,26 +16,24 @@ def experts_of_rows(expert_offsets: Tensor) -> list[int]:
     return [e for e in range(len(ends) - 1) for _ in range(ends[e + 1] - ends[e])]
 
 
-def grouped_matmul(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem) -> Tensor:
-    out = torch.zeros(rows.shape[0], problem.intermediate_size, dtype=torch.float64, device=rows.device)
-    for r, e in enumerate(experts_of_rows(expert_offsets)):
-        matrix = w[e].double() if problem.transposed else w[e].double().T
-        out[r] = rows[r].double() @ matrix
-        if bias is not None:
-            out[r] += bias[e].double()
-    return out.to(rows.dtype)
+def forward(o, problem):
+    out = torch.zeros(o.rows.shape[0], problem.intermediate_size, dtype=torch.float64, device=o.rows.device)
+    for r, e in enumerate(experts_of_rows(o.expert_offsets)):
+        matrix = o.w[e].double() if problem.transposed else o.w[e].double().T
+        out[r] = o.rows[r].double() @ matrix
+        if o.bias is not None:
+            out[r] += o.bias[e].double()
+    return (out.to(o.rows.dtype),), None
 
 
-def grouped_matmul_backward(
-    grad: Tensor, rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None, problem, needs
-):
-    drows, dw = torch.zeros_like(rows, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
-    dbias = torch.zeros(0 if bias is None else bias.shape, dtype=torch.float64, device=rows.device)
-    for r, e in enumerate(experts_of_rows(expert_offsets)):
-        g, x = grad[r].double(), rows[r].double()
-        drows[r] = g @ (w[e].double().T if problem.transposed else w[e].double())
-        dw[e] += torch.outer(x, g) if problem.transposed else torch.outer(g, x)
-        if bias is not None:
-            dbias[e] += g
-    empty = rows.new_empty(0)
-    return tuple(t.to(rows.dtype) if need else empty.clone() for t, need in zip((drows, dw, dbias), needs, strict=True))
+def backward(grads, o, saved, problem, needs):
+    made = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in o._asdict().items() if getattr(needs, name)}
+    for r, e in enumerate(experts_of_rows(o.expert_offsets)):
+        g, x = grads.out[r].double(), o.rows[r].double()
+        if needs.rows:
+            made["rows"][r] = g @ (o.w[e].double().T if problem.transposed else o.w[e].double())
+        if needs.w:
+            made["w"][e] += torch.outer(x, g) if problem.transposed else torch.outer(g, x)
+        if needs.bias:
+            made["bias"][e] += g
+    return {name: t.to(o.rows.dtype) for name, t in made.items()}

@@ -5,18 +5,88 @@ Legend: T tokens, H width, K choices; row r holds the token of slot `row_order[r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...errors import check_same, check_shape
-from ...hardware import arch_of
-from ...op import Op, define, differentiable, forced, watch
-from ...problem import Problem
+from ...op import Op, Place, Table
 from ...routing import Routing
 
 __all__ = ["permute", "unpermute"]
 
-OP = Op("permute", __name__, ("triton", "torch", "reference"))
+IMPLEMENTATIONS = ("triton", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class PermuteProblem(Place):
+    """What choosing depends on."""
+
+    hidden_size: int = 0
+    top_k: int = 1
+
+
+class Options(NamedTuple):
+    top_k: int
+
+
+class Rows(NamedTuple):
+    rows: Tensor
+
+
+class Sums(NamedTuple):
+    y: Tensor
+
+
+class PermuteOperands(NamedTuple):
+    x: Tensor
+    row_order: Table
+    row_index: Table
+    expert_offsets: Table
+
+
+class UnpermuteOperands(NamedTuple):
+    rows: Tensor
+    weights: Tensor | None
+    row_order: Table
+    row_index: Table
+    expert_offsets: Table
+
+
+def _permute_twice(grads: Rows, o: PermuteOperands, saved: None, options: Options, implementation: str, needs: Any):
+    operands = UnpermuteOperands(grads.rows, None, o.row_order, o.row_index, o.expert_offsets)
+    return {"x": UNPERMUTE(operands, options, implementation).y}
+
+
+def _unpermute_twice(grads: Sums, o: UnpermuteOperands, saved: None, options: Options, implementation: str, needs: Any):
+    """The backward in operations that have derivatives."""
+    operands = PermuteOperands(grads.y, o.row_order, o.row_index, o.expert_offsets)
+    spread = PERMUTE(operands, options, implementation).rows
+    if o.weights is None:
+        return {"rows": spread}
+    live = (torch.arange(o.row_order.shape[0], device=o.row_order.device) < o.expert_offsets[-1]) & (o.row_order >= 0)
+    scale = o.weights.reshape(-1)[o.row_order.clamp_min(0).long()].masked_fill(~live, 0)
+    drows = (spread * scale[:, None]).to(o.rows.dtype)
+    dots = (spread.to(o.weights.dtype) * o.rows.to(o.weights.dtype)).sum(-1).masked_fill(~live, 0)
+    dweights = dots[o.row_index.clamp_min(0).long()].masked_fill(o.row_index < 0, 0)
+    return {"rows": drows, "weights": dweights.view(o.weights.shape)}
+
+
+_DESCRIBED = ("dtype", "hidden_size")
+PERMUTE = Op(
+    "permute", __name__, IMPLEMENTATIONS, operands=PermuteOperands, options=Options, outputs=Rows,
+    problem=PermuteProblem, describe=(_DESCRIBED, lambda o, options: (o.x.dtype, o.x.shape[1])),
+    fake=lambda o, options: Rows(o.x.new_empty(o.row_order.shape[0], o.x.shape[1])), twice=_permute_twice,
+    calls=("permute", ""),
+)  # fmt: skip
+UNPERMUTE = Op(
+    "unpermute", __name__, IMPLEMENTATIONS, operands=UnpermuteOperands, options=Options, outputs=Sums,
+    problem=PermuteProblem, describe=(_DESCRIBED, lambda o, options: (o.rows.dtype, o.rows.shape[1])),
+    fake=lambda o, options: Sums(o.rows.new_empty(o.row_index.shape[0] // options.top_k, o.rows.shape[1])),
+    twice=_unpermute_twice, calls=("unpermute", "unpermute_backward"),
+)  # fmt: skip
 
 
 def permute(x: Tensor, routing: Routing, *, implementation: str | None = None) -> Tensor:
@@ -37,10 +107,8 @@ def permute(x: Tensor, routing: Routing, *, implementation: str | None = None) -
     synchronisation. Megatron's permute, CANN's npu_moe_token_permute.
     """
     _check("permute", "x", x, routing, (routing.num_tokens, "H"))
-    watch("permute", x)
-    return torch.ops.moesaic.permute(
-        x, routing.row_order, routing.row_index, routing.expert_offsets, routing.top_k, forced(implementation)
-    )
+    operands = PermuteOperands(x, routing.row_order, routing.row_index, routing.expert_offsets)
+    return PERMUTE(operands, Options(routing.top_k), implementation).rows
 
 
 def unpermute(
@@ -76,14 +144,14 @@ def unpermute(
             raise ValueError(f"{who}: weights must be on {rows.device}, got {weights.device}; move them.")
         if not weights.is_floating_point():
             raise ValueError(f"{who}: weights must be floating point, got {weights.dtype}; convert them with .float().")
-    watch(who, rows, weights if isinstance(weights, Tensor) else None)
-    return torch.ops.moesaic.unpermute(
+    operands = UnpermuteOperands(
         rows, weights if isinstance(weights, Tensor) else None, routing.row_order, routing.row_index,
-        routing.expert_offsets, routing.top_k, forced(implementation),
+        routing.expert_offsets,
     )  # fmt: skip
+    return UNPERMUTE(operands, Options(routing.top_k), implementation).y
 
 
-permute.implementations = unpermute.implementations = OP.implementations  # type: ignore[attr-defined]
+permute.implementations = unpermute.implementations = IMPLEMENTATIONS  # type: ignore[attr-defined]
 
 
 def _check(who: str, name: str, x: Tensor, routing: Routing, want: tuple) -> None:
@@ -95,83 +163,3 @@ def _check(who: str, name: str, x: Tensor, routing: Routing, want: tuple) -> Non
     check_same(who, "device", name, x.device, **routing.devices())
     if not x.is_floating_point():
         raise ValueError(f"{who}: {name} must be floating point, got {x.dtype}; convert it.")
-
-
-# ---------------------------------------------------------------- private operators
-def _select(x: Tensor, row_order: Tensor, top_k: int, implementation: str):
-    tokens = row_order.shape[0] // max(top_k, 1)
-    problem = Problem("permute", x.device.type, arch_of(x.device), x.dtype, tokens, top_k, hidden_size=x.shape[1])
-    return OP.select(problem, implementation)
-
-
-def _permute(x, row_order, row_index, expert_offsets, top_k, implementation):
-    return _select(x, row_order, top_k, implementation).permute(x, row_order, expert_offsets, top_k)
-
-
-def _unpermute(rows, weights, row_order, row_index, expert_offsets, top_k, implementation):
-    return _select(rows, row_order, top_k, implementation).unpermute(rows, weights, row_index, top_k)
-
-
-def _unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets, top_k, implementation):
-    module = _select(rows, row_order, top_k, implementation)
-    return module.unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets, top_k)
-
-
-_TABLES = "Tensor row_order, Tensor row_index, Tensor expert_offsets, int top_k, str implementation"
-define(
-    f"permute(Tensor x, {_TABLES}) -> Tensor", _permute,
-    lambda x, row_order, *_: x.new_empty(row_order.shape[0], x.shape[1]),
-)  # fmt: skip
-define(
-    f"unpermute(Tensor rows, Tensor? weights, {_TABLES}) -> Tensor", _unpermute,
-    lambda rows, w, order, index, offsets, top_k, _: rows.new_empty(index.shape[0] // top_k, rows.shape[1]),
-)  # fmt: skip
-define(
-    f"unpermute_backward(Tensor grad, Tensor rows, Tensor weights, {_TABLES}) -> (Tensor, Tensor)", _unpermute_backward,
-    lambda grad, rows, weights, *_: (rows.new_empty(rows.shape), weights.new_empty(weights.shape)),
-)  # fmt: skip
-
-
-def _permute_setup(ctx, inputs, output):
-    _, *tables, ctx.top_k, ctx.implementation = inputs
-    ctx.save_for_backward(*tables)
-
-
-def _permute_backward(ctx, grad):
-    tables = ctx.saved_tensors
-    dx = torch.ops.moesaic.unpermute(grad.contiguous(), None, *tables, ctx.top_k, ctx.implementation)
-    return dx, None, None, None, None, None
-
-
-def _unpermute_setup(ctx, inputs, output):
-    rows, weights, *tables, ctx.top_k, ctx.implementation = inputs
-    ctx.weighted = weights is not None
-    ctx.save_for_backward(*((rows, weights) if ctx.weighted else ()), *tables)
-
-
-def _unpermute_autograd(ctx, grad):
-    grad = grad.contiguous()
-    if not ctx.weighted:
-        tables = ctx.saved_tensors
-        return torch.ops.moesaic.permute(grad, *tables, ctx.top_k, ctx.implementation), *([None] * 6)
-    rows, weights, *tables = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody will differentiate this
-        return *_composed_backward(grad, rows, weights, tables, ctx.top_k, ctx.implementation), *([None] * 5)
-    drows, dweights = torch.ops.moesaic.unpermute_backward(grad, rows, weights, *tables, ctx.top_k, ctx.implementation)
-    return drows, dweights, *([None] * 5)
-
-
-def _composed_backward(grad, rows, weights, tables, top_k: int, implementation: str):
-    """`unpermute_backward` of operations that have derivatives."""
-    row_order, row_index, expert_offsets = tables
-    live = (torch.arange(row_order.shape[0], device=row_order.device) < expert_offsets[-1]) & (row_order >= 0)
-    spread = torch.ops.moesaic.permute(grad, *tables, top_k, implementation)
-    scale = weights.reshape(-1)[row_order.clamp_min(0).long()].masked_fill(~live, 0)
-    drows = (spread * scale[:, None]).to(rows.dtype)
-    dots = (spread.to(weights.dtype) * rows.to(weights.dtype)).sum(-1).masked_fill(~live, 0)
-    dweights = dots[row_index.clamp_min(0).long()].masked_fill(row_index < 0, 0)
-    return drows, dweights.view(weights.shape)
-
-
-differentiable("permute", _permute_backward, _permute_setup, twice=True)
-differentiable("unpermute", _unpermute_autograd, _unpermute_setup, twice=True)

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 
 def why_not(problem) -> str | None:
     return None
 
 
-def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
-    rows = torch.zeros(row_order.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
-    for r in range(int(expert_offsets[-1])):
-        if row_order[r] >= 0:
-            rows[r] = x[int(row_order[r]) // top_k]
-    return rows
+def permute(o, problem):
+    rows = torch.zeros(o.row_order.shape[0], o.x.shape[1], dtype=o.x.dtype, device=o.x.device)
+    for r in range(int(o.expert_offsets[-1])):
+        if o.row_order[r] >= 0:
+            rows[r] = o.x[int(o.row_order[r]) // problem.top_k]
+    return (rows,), None
 
 
-def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
-    T = row_index.shape[0] // top_k
-    y = torch.zeros(T, rows.shape[1], dtype=torch.float64, device=rows.device)
+def unpermute(o, problem):
+    top_k = problem.top_k
+    T = o.row_index.shape[0] // top_k
+    y = torch.zeros(T, o.rows.shape[1], dtype=torch.float64, device=o.rows.device)
     for t in range(T):
         for k in range(top_k):
-            r = int(row_index[t * top_k + k])
+            r = int(o.row_index[t * top_k + k])
             if r >= 0:
-                w = 1.0 if weights is None else weights[t, k].double()
-                y[t] += w * rows[r].double()
-    return y.to(rows.dtype)
+                w = 1.0 if o.weights is None else o.weights[t, k].double()
+                y[t] += w * o.rows[r].double()
+    return (y.to(o.rows.dtype),), None
 
 
-def unpermute_backward(
-    grad: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    row_order: Tensor,
-    row_index: Tensor,
-    expert_offsets: Tensor,
-    top_k: int,
-) -> tuple[Tensor, Tensor]:
-    drows, dweights = torch.zeros_like(rows), torch.zeros_like(weights)
-    for r in range(int(expert_offsets[-1])):
-        slot = int(row_order[r])
+def unpermute_backward(grads, o, saved, problem, needs):
+    out = {name: torch.zeros_like(t) for name, t in o._asdict().items() if getattr(needs, name)}
+    for r in range(int(o.expert_offsets[-1])):
+        slot = int(o.row_order[r])
         if slot < 0:
             continue
-        t, k = divmod(slot, top_k)
-        drows[r] = (weights[t, k].double() * grad[t].double()).to(rows.dtype)
-        dweights[t, k] = (grad[t].double() * rows[r].double()).sum().to(weights.dtype)
-    return drows, dweights
+        t, k = divmod(slot, problem.top_k)
+        if needs.rows:
+            w = 1.0 if o.weights is None else o.weights[t, k].double()
+            out["rows"][r] = (w * grads.y[t].double()).to(o.rows.dtype)
+        if needs.weights:
+            out["weights"][t, k] = (grads.y[t].double() * o.rows[r].double()).sum()
+    return out

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     return None
 
 
@@ -20,44 +22,44 @@ def _live(row_order: Tensor, expert_offsets: Tensor) -> Tensor:
     return ((rows < expert_offsets[-1]) & (row_order >= 0))[:, None]
 
 
-def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
+def permute(o: Any, problem: Any) -> tuple[tuple[Tensor], None]:
+    return (_permuted(o.x, o, problem.top_k),), None
+
+
+def _permuted(x: Tensor, o: Any, top_k: int) -> Tensor:
     if not x.shape[0]:  # padding for no token
-        return x.new_zeros(row_order.shape[0], x.shape[1])
-    rows = x.index_select(0, row_order.clamp_min(0) // top_k)
-    return rows.masked_fill_(~_live(row_order, expert_offsets), 0)
+        return x.new_zeros(o.row_order.shape[0], x.shape[1])
+    rows = x.index_select(0, o.row_order.clamp_min(0) // top_k)
+    return rows.masked_fill_(~_live(o.row_order, o.expert_offsets), 0)
 
 
-def unpermute(rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int) -> Tensor:
-    T = row_index.shape[0] // top_k
+def unpermute(o: Any, problem: Any) -> tuple[tuple[Tensor], None]:
+    rows, top_k = o.rows, problem.top_k
+    T = o.row_index.shape[0] // top_k
     if not rows.shape[0]:  # a capacity of no rows
-        return rows.new_zeros(T, rows.shape[1])
-    index = row_index.view(T, top_k)
+        return (rows.new_zeros(T, rows.shape[1]),), None
+    index = o.row_index.view(T, top_k)
     y = torch.zeros(T, rows.shape[1], dtype=_wide(rows), device=rows.device)
     for k in range(top_k):
         part = rows.index_select(0, index[:, k].clamp_min(0)).to(y.dtype)
-        if weights is not None:
-            part = part * weights[:, k, None].to(y.dtype)
+        if o.weights is not None:
+            part = part * o.weights[:, k, None].to(y.dtype)
         y += part.masked_fill_((index[:, k] < 0)[:, None], 0)
-    return y.to(rows.dtype)
+    return (y.to(rows.dtype),), None
 
 
-def unpermute_backward(
-    grad: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    row_order: Tensor,
-    row_index: Tensor,
-    expert_offsets: Tensor,
-    top_k: int,
-) -> tuple[Tensor, Tensor]:
-    wide = _wide(rows)
+def unpermute_backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
+    grad, rows, weights, wide = grads.y, o.rows, o.weights, _wide(o.rows)
+    if weights is None:
+        return {"rows": _permuted(grad, o, problem.top_k)}
     if not grad.shape[0]:
-        return rows.new_zeros(rows.shape), weights.new_zeros(weights.shape)
-    dead = ~_live(row_order, expert_offsets)
-    slots = row_order.clamp_min(0)
-    g = grad.index_select(0, slots // top_k).to(wide)
+        return {"rows": rows.new_zeros(rows.shape), "weights": weights.new_zeros(weights.shape)}
+    dead = ~_live(o.row_order, o.expert_offsets)
+    slots = o.row_order.clamp_min(0)
+    g = grad.index_select(0, slots // problem.top_k).to(wide)
     drows = g * weights.reshape(-1).index_select(0, slots)[:, None].to(wide)
     dots = (g * rows.to(wide)).sum(-1).masked_fill_(dead[:, 0], 0)
     # a slot has one row at most, so that adding zeros elsewhere leaves no order to chance
     dweights = dots.new_zeros(weights.numel()).index_add_(0, slots, dots)
-    return drows.masked_fill_(dead, 0).to(rows.dtype), dweights.view(weights.shape).to(weights.dtype)
+    drows = drows.masked_fill_(dead, 0).to(rows.dtype)
+    return {"rows": drows, "weights": dweights.view(weights.shape).to(weights.dtype)}

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...hardware import tl, triton
-from ...launch import Launch, follow, unit_rows
+from ...launch import Bound, Kernel, ceil_div, follow, pow2, unit_rows
 
+NEEDS = "triton"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     if problem.dtype not in DTYPES:
         return f"needs bf16, fp16 or fp32, got {str(problem.dtype).removeprefix('torch.')}"
     return None
 
 
+@Kernel
 @triton.jit
-def _permute_kernel(
-    x_ptr, row_order_ptr, live_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def permute_kernel(
+    x_ptr, row_order_ptr, offsets_ptr, out_ptr, stride_x, H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`out[r] = x[row_order[r] // TOP_K]`, zero for rows past the live ones and for padding."""
     follow(OVERLAP)
@@ -30,13 +33,14 @@ def _permute_kernel(
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(row_order_ptr + row)
     token = slot // TOP_K
-    mask = (offs < H) & (row < tl.load(live_ptr)) & (slot >= 0)
+    mask = (offs < H) & (row < tl.load(offsets_ptr + E)) & (slot >= 0)
     x = tl.load(x_ptr + token.to(tl.int64) * stride_x + offs, mask=mask, other=0.0)
     tl.store(out_ptr + row.to(tl.int64) * H + offs, x, mask=offs < H)
 
 
+@Kernel
 @triton.jit
-def _spread_kernel(
+def spread_kernel(
     x_ptr, row_index_ptr, out_ptr, stride_x, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -50,8 +54,9 @@ def _spread_kernel(
         tl.store(out_ptr + row.to(tl.int64) * H + offs, x, mask=(row >= 0) & (offs < H))
 
 
+@Kernel
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     rows_ptr, row_index_ptr, weights_ptr, residual_ptr, out_ptr, stride_rows, stride_residual,
     H: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -75,15 +80,16 @@ def _combine_kernel(
     tl.store(out_ptr + token * H + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < H)
 
 
+@Kernel
 @triton.jit
-def _combine_backward_kernel(
-    grad_ptr, rows_ptr, weights_ptr, row_order_ptr, live_ptr, drows_ptr, dweights_ptr, stride_grad, stride_rows,
-    H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+def combine_backward_kernel(
+    grad_ptr, rows_ptr, weights_ptr, row_order_ptr, offsets_ptr, drows_ptr, dweights_ptr, stride_grad, stride_rows,
+    H: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`drows[r] = w[slot] · grad[token]`, `dw[slot] = <grad[token], rows[r]>`; zeros for dropped slots."""
     row = tl.program_id(0)
     slot = tl.load(row_order_ptr + row)
-    live = (row < tl.load(live_ptr)) & (slot >= 0)
+    live = (row < tl.load(offsets_ptr + E)) & (slot >= 0)
     weight = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)
     grad_ptr += (slot // TOP_K).to(tl.int64) * stride_grad
     rows_ptr += row.to(tl.int64) * stride_rows
@@ -98,86 +104,76 @@ def _combine_backward_kernel(
     tl.store(dweights_ptr + slot, tl.sum(dot, 0).to(dweights_ptr.dtype.element_ty), mask=slot >= 0)
 
 
+# ---------------------------------------------------------------- launches
 def _block(H: int) -> int:
     """Columns a program: 16 bytes a thread and load at 4 warps, several loads in flight."""
-    return min(2048, max(16, triton.next_power_of_2(H)))
+    return min(2048, max(16, pow2(H)))
 
 
-@functools.lru_cache(maxsize=4096)
-def _permute_launch(dtype: torch.dtype, R: int, H: int, top_k: int, stride: int) -> Launch:
-    block = _block(H)
-    return Launch(_permute_kernel, (R, -(-H // block), 1), (H, top_k, block), overlaps=True)
+@functools.lru_cache(maxsize=1024)
+def _bound(kernel: Kernel, H: int, top_k: int, block: int, **more: Any) -> Bound:
+    return kernel.bind(H=H, TOP_K=top_k, BLOCK=block, **more)
 
 
-def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
-    R, H, x = row_order.shape[0], x.shape[1], unit_rows(x)
+def permute(o: Any, problem: Any) -> tuple[tuple[Tensor], None]:
+    return (_permuted(unit_rows(o.x), o, problem.top_k),), None
+
+
+def _permuted(x: Tensor, o: Any, top_k: int) -> Tensor:
+    R, H = o.row_order.shape[0], x.shape[1]
     out = x.new_empty(R, H)
-    if out.numel():
-        stride = x.stride(0)
-        launch = _permute_launch(x.dtype, R, H, top_k, stride)
-        launch((x, row_order, expert_offsets[-1:], out), (stride,))
+    if R and H:
+        block = _block(H)
+        bound = _bound(permute_kernel, H, top_k, block, E=o.expert_offsets.shape[0] - 1)
+        bound((R, ceil_div(H, block), 1), (x, o.row_order, o.expert_offsets, out), (x.stride(0),))
     return out
-
-
-@functools.lru_cache(maxsize=4096)
-def _spread_launch(dtype: torch.dtype, T: int, H: int, top_k: int, stride: int) -> Launch:
-    block = _block(H)
-    return Launch(_spread_kernel, (T, -(-H // block), 1), (H, top_k, block), overlaps=True)
 
 
 def spread(x: Tensor, row_index: Tensor, top_k: int) -> Tensor:
     """`permute` by tokens; rows behind the last expert's are left as they are."""
     T, H = x.shape
     out = x.new_empty(T * top_k, H)
-    if out.numel():
-        _spread_launch(x.dtype, T, H, top_k, x.stride(0))((x, row_index, out), (x.stride(0),))
+    if T and H:
+        block = _block(H)
+        _bound(spread_kernel, H, top_k, block)((T, ceil_div(H, block), 1), (x, row_index, out), (x.stride(0),))
     return out
 
 
-@functools.lru_cache(maxsize=4096)
-def _combine_launch(
-    dtype: torch.dtype, weights: torch.dtype | None, T: int, H: int, top_k: int, stride: int, residual: int | None
-) -> Launch:
-    """Kept apart by all that the compiled kernel depends on, though its constants need less.
-
-    `stride` and `residual` are the row strides of the rows and of the residual.
-    """
-    block = min(_block(H), 1024)
-    constants = (H, top_k, weights is not None, residual is not None, block)
-    return Launch(_combine_kernel, (T, -(-H // block), 1), constants, overlaps=True)
-
-
-def unpermute(
+def combine(
     rows: Tensor, weights: Tensor | None, row_index: Tensor, top_k: int, residual: Tensor | None = None
 ) -> Tensor:
-    """With a residual, in the dtype of rows, the sums are added to it."""
-    T, H, rows = row_index.shape[0] // top_k, rows.shape[1], unit_rows(rows)
+    """The sums of each token's rows; with a residual, in the dtype of rows, they are added to it."""
+    T, H, rows, apart = row_index.shape[0] // top_k, rows.shape[1], unit_rows(rows), 0
     out = rows.new_empty(T, H)
-    if out.numel():
-        weights = None if weights is None else weights.contiguous()
-        residual = None if residual is None else unit_rows(residual)
-        stride, apart = rows.stride(0), None if residual is None else residual.stride(0)
-        launch = _combine_launch(rows.dtype, None if weights is None else weights.dtype, T, H, top_k, stride, apart)
-        launch((rows, row_index, weights, residual, out), (stride, apart or 0))
+    if T and H:
+        if weights is not None:
+            weights = weights.contiguous()
+        if residual is not None:
+            residual = unit_rows(residual)
+            apart = residual.stride(0)
+        block = min(_block(H), 1024)
+        bound = _bound(
+            combine_kernel, H, top_k, block, WEIGHTED=weights is not None, RESIDUAL=residual is not None
+        )  # fmt: skip
+        bound((T, ceil_div(H, block), 1), (rows, row_index, weights, residual, out), (rows.stride(0), apart))
     return out
 
 
-@functools.lru_cache(maxsize=4096)
-def _combine_backward_launch(
-    dtypes: tuple[torch.dtype, ...], R: int, H: int, top_k: int, strides: tuple[int, int]
-) -> Launch:
-    """Kept apart like `_combine_launch`; `dtypes` are those of gradient, rows and weights."""
-    return Launch(_combine_backward_kernel, (R, 1, 1), (H, top_k, _block(H)))
+def unpermute(o: Any, problem: Any) -> tuple[tuple[Tensor], None]:
+    return (combine(o.rows, o.weights, o.row_index, problem.top_k),), None
 
 
-def unpermute_backward(grad, rows, weights, row_order, row_index, expert_offsets, top_k):
-    grad, rows = unit_rows(grad), unit_rows(rows)
+def unpermute_backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
+    grad, rows, top_k = unit_rows(grads.y), unit_rows(o.rows), problem.top_k
+    if o.weights is None:
+        return {"rows": _permuted(grad, o, top_k)}
+    weights = o.weights
     drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    packed = row_order.shape[0] == weights.numel()  # otherwise slots beyond the capacity have no row
+    packed = o.row_order.shape[0] == weights.numel()  # otherwise slots beyond the capacity have no row
     dweights = (torch.empty if packed else torch.zeros)(weights.shape, dtype=weights.dtype, device=weights.device)
     R, H = rows.shape
     if R:
-        strides = (grad.stride(0), rows.stride(0))
-        launch = _combine_backward_launch((grad.dtype, rows.dtype, weights.dtype), R, H, top_k, strides)
-        launch((grad, rows, weights.contiguous(), row_order, expert_offsets[-1:], drows, dweights), strides)
-    return drows, dweights
+        bound = _bound(combine_backward_kernel, H, top_k, _block(H), E=o.expert_offsets.shape[0] - 1)
+        pointers = (grad, rows, weights.contiguous(), o.row_order, o.expert_offsets, drows, dweights)
+        bound((R, 1, 1), pointers, (grad.stride(0), rows.stride(0)))
+    return {"rows": drows, "weights": dweights}

@@ -6,15 +6,17 @@ Legend: T tokens, E experts, K choices, S sequences.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import check_shape
-from ...hardware import arch_of
-from ...op import Op, define, differentiable, forced, run, watch
-from ...problem import Problem
+from ...guards import watch
+from ...hardware import gpu_of
+from ...op import Place, forced, octave
+from ...problem import OldOp, define, differentiable, run
 from ...routing import Routing, signed_ids
 from . import _torch, capacity, policies
 from .config import CORE, RouterConfig
@@ -45,7 +47,18 @@ __all__ = [
     "z_loss",
 ]
 
-OP = Op("route", __name__, ("triton", "torch", "reference"))
+
+@dataclass(frozen=True)
+class RouteProblem(Place):
+    """What choosing depends on; the configuration, which decides nothing yet, is for the implementations to read."""
+
+    num_tokens: int = 0
+    top_k: int = 1
+    num_experts: int = 1
+    config: RouterConfig | None = None
+
+
+OP = OldOp("route", __name__, ("triton", "torch", "reference"), RouteProblem)
 
 
 def route(
@@ -303,15 +316,15 @@ _CONFIG = ", ".join(f"{kind} {name}" for name, kind in CORE.items())
 @functools.lru_cache(maxsize=4096)
 def _select(device, dtype, tokens: int, top_k: int, num_experts: int, config: RouterConfig | None, implementation: str):
     """The implementation of a call, cached on plain values."""
-    problem = Problem("route", device.type, arch_of(device), dtype, tokens, top_k, num_experts, option=config)
-    return OP.select(problem, implementation)
+    problem = RouteProblem(device.type, gpu_of(device), dtype, tokens, top_k, num_experts, config)
+    return OP.select(problem, implementation.partition(":")[0])
 
 
 def _route(logits, bias, ids, *rest):
     *core, num_experts, sequences, statistics, implementation = rest
     config = RouterConfig.of_core(*core)
     T, E = logits.shape
-    module = _select(logits.device, logits.dtype, T, config.top_k, E, config, implementation)
+    module = _select(logits.device, logits.dtype, octave(T), config.top_k, E, config, implementation)
     return module.route(logits, bias, ids, config, num_experts, sequences, statistics)
 
 
@@ -333,7 +346,7 @@ def _weight_dtype(logits: Tensor) -> torch.dtype:
 
 def _index(topk_ids, num_experts, implementation):
     T, K = topk_ids.shape
-    module = _select(topk_ids.device, topk_ids.dtype, T, K, num_experts, None, forced(implementation))
+    module = _select(topk_ids.device, topk_ids.dtype, octave(T), K, num_experts, None, forced(implementation))
     return module.expert_index(topk_ids, num_experts)
 
 
@@ -349,12 +362,12 @@ def _backward_op(grad, grad_p, grad_lse, logits, ids, *rest):
     *core, statistics, implementation = rest
     config = RouterConfig.of_core(*core)
     T, E = logits.shape
-    module = _select(logits.device, logits.dtype, T, config.top_k, E, config, implementation)
+    module = _select(logits.device, logits.dtype, octave(T), config.top_k, E, config, implementation)
     return module.route_backward(grad, grad_p, grad_lse, logits, ids, config, statistics)
 
 
 define(
-    f"route(Tensor logits, Tensor? bias, Tensor? ids, {_CONFIG}, int num_experts, int sequences, bool statistics, "
+    f"route(Tensor logits, Tensor? bias, Tensor? ids, {_CONFIG}, int num_experts, SymInt sequences, bool statistics, "
     "str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _route, _route_fake,
 )  # fmt: skip

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...launch import Launch, ceil_div, pow2, unit_rows
-from ._triton_backward import _route_backward_kernel, _sparse_backward_kernel
-from ._triton_index import _count_kernel, _index_kernel
-from ._triton_route import _gate_route_kernel, _route_kernel, _weigh_kernel
+from ...launch import Bound, ceil_div, pow2, unit_rows
+from ._triton_backward import route_backward_kernel, sparse_backward_kernel
+from ._triton_index import count_kernel, index_kernel
+from ._triton_route import gate_route_kernel, route_kernel, weigh_kernel
 from .config import RAGGED, SCORES
 
 MAX_EXPERTS = 1024
@@ -62,6 +63,7 @@ class _Cut:
         )
 
 
+@functools.lru_cache(maxsize=4096)  # pure arithmetic, a few µs that decode would feel
 def _cut(T: int, S: int, lanes: int, least: int = 1) -> _Cut:
     """From one row a warp, for latency, to eight threads a row, which have the least to exchange: a thread then
     holds 16 lanes, and two blocks of eight warps have an SM's registers."""
@@ -78,6 +80,7 @@ def _cut(T: int, S: int, lanes: int, least: int = 1) -> _Cut:
     return _Cut(N, ranges, per_range, S * ranges, block, min(16, max(1, block * piece // 128)), piece)
 
 
+@functools.lru_cache(maxsize=4096)
 def _cut_slots(total: int) -> _Cut:
     per_range = max(1, ceil_div(ceil_div(total, SMS), BLOCK)) * BLOCK
     ranges = ceil_div(total, per_range)
@@ -91,92 +94,70 @@ def _lanes(E: int, groups: int = 1) -> tuple[int, int]:
     return max(size, 16 // pow2(groups)), max(size, 16 // pow2(groups)) * pow2(groups)
 
 
-def _scoring(config) -> tuple:
+def _scoring(config) -> dict[str, Any]:
     """What forward and backward must have in common.
 
     A softmax that is divided by its sum over the choices is the softmax of the choices' logits.
     """
     renorm = config.order == "pre_renorm"
     post = config.order == "post" or (renorm and config.score == "softmax" and config.norm_eps == config.norm_min == 0)
-    return (
-        SCORES.index(config.score), post, renorm and not post, config.norm_eps, config.norm_min, config.scale,
-        config.multiplier, config.soft_cap,
+    return dict(
+        SCORE=SCORES.index(config.score), POST=post, RENORM=renorm and not post, EPS=config.norm_eps,
+        MIN=config.norm_min, SCALE=config.scale, MULTIPLIER=config.multiplier, CAP=config.soft_cap,
     )  # fmt: skip
 
 
-def _routing_constants(E: int, K: int, bias: torch.dtype | None, statistics: bool, cut: _Cut, config) -> tuple:
+def _choosing(E: int, bias: bool, statistics: bool, single: bool, block: int, piece: int, config) -> dict[str, Any]:
     """The compile-time arguments of `route_range`."""
     group_lanes, lanes = _lanes(E, config.num_groups)
-    return (
-        E, K, pow2(K), config.num_groups, group_lanes, lanes, config.topk_groups, config.group_score == "top2_sum",
-        config.group_mask_value, *_scoring(config), bias is not None,
-        config.order == "post" or config.bias_on == "logits", (*("topk",), *RAGGED).index(config.policy),
-        config.threshold, statistics, cut.single, cut.block, cut.piece,
+    K = config.top_k
+    return dict(
+        E=E, K=K, K_POW2=pow2(K), GROUPS=config.num_groups, GROUP_LANES=group_lanes, LANES=lanes,
+        KEPT=config.topk_groups, TOP2=config.group_score == "top2_sum", MASK_VALUE=config.group_mask_value,
+        HAS_BIAS=bias, ON_LOGITS=config.order == "post" or config.bias_on == "logits",
+        RAGGED=(*("topk",), *RAGGED).index(config.policy), THRESHOLD=config.threshold, STATISTICS=statistics,
+        SINGLE=single, BT=block, PIECE=piece, **_scoring(config),
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
-def _route_launch(
-    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
-) -> tuple[Launch, _Cut, _Cut]:
-    """The launch, its cut, and the same of slots. Kept apart by all that the compiled kernel depends on: `dtypes` are
-    those of logits and bias."""
-    cut = _cut(T, S, _lanes(E, config.num_groups)[1])
-    constants = _routing_constants(E, K, dtypes[1], statistics, cut, config)
-    launch = Launch(_route_kernel, (cut.programs, 1, 1), constants, cut.num_warps, overlaps=True)
-    return launch, cut, cut.of_slots(K)
+@functools.lru_cache(maxsize=1024)
+def _route(E: int, bias: bool, statistics: bool, single: bool, block: int, piece: int, warps: int, config) -> Bound:
+    return route_kernel.bind(**_choosing(E, bias, statistics, single, block, piece, config), num_warps=warps)
 
 
-@functools.lru_cache(maxsize=4096)
-def _weigh_launch(
-    dtypes: tuple, T: int, E: int, K: int, stride: int, S: int, statistics: bool, config
-) -> tuple[Launch, _Cut]:
-    """The same for given ids; `dtypes` are those of logits and ids."""
-    _, lanes = _lanes(E)
-    cut = _cut(T, S, lanes)
-    constants = (E, K, pow2(K), lanes, *_scoring(config), statistics, cut.block)
-    return Launch(_weigh_kernel, (cut.programs, 1, 1), constants, cut.num_warps, overlaps=True), cut
+@functools.lru_cache(maxsize=1024)
+def _weigh(E: int, K: int, statistics: bool, block: int, warps: int, config) -> Bound:
+    """The same for given ids."""
+    return weigh_kernel.bind(
+        E=E, K=K, K_POW2=pow2(K), LANES=_lanes(E)[1], STATISTICS=statistics, BT=block, **_scoring(config),
+        num_warps=warps,
+    )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
-def _count_launch(dtype: torch.dtype, total: int, E: int) -> tuple[Launch, _Cut]:
-    cut = _cut_slots(total)
-    constants = (E, _lanes(E)[1], cut.single, cut.block)
-    num_warps = 8 if cut.block == BLOCK else 4
-    return Launch(_count_kernel, (cut.programs, 1, 1), constants, num_warps, overlaps=True), cut
+@functools.lru_cache(maxsize=1024)
+def _count(E: int, single: bool, block: int) -> Bound:
+    warps = 8 if block == BLOCK else 4
+    return count_kernel.bind(E=E, LANES=_lanes(E)[1], SINGLE=single, BLOCK=block, num_warps=warps)
 
 
-@functools.lru_cache(maxsize=4096)
-def _index_launch(E: int, cut: _Cut) -> Launch:
-    """`cut` is one of slots."""
-    _, lanes = _lanes(E)
-    each = ceil_div(cut.programs, SMS)
-    chunk = max(1, min(16384 // lanes, pow2(cut.programs)))
-    block = min(2048, max(16, pow2(cut.per_range)))
+@functools.lru_cache(maxsize=1024)
+def _index(E: int, chunk: int, block: int, each: int) -> Bound:
+    lanes = _lanes(E)[1]
     warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
-    constants, grid = (E, lanes, chunk, block, each), (ceil_div(cut.programs, each), 1, 1)
-    return Launch(_index_kernel, grid, constants, warps, overlaps=True)
+    return index_kernel.bind(E=E, LANES=lanes, CHUNK=chunk, BLOCK=block, EACH=each, num_warps=warps)
 
 
-@functools.lru_cache(maxsize=4096)
-def _backward_launch(
-    dtypes: tuple, T: int, E: int, K: int, stride: int, statistics: bool, config
-) -> tuple[Launch, bool]:
-    """The launch, and whether it is the sparse one; `dtypes` are those of the weights' gradient and the logits."""
-    _, lanes = _lanes(E)
-    scoring = _scoring(config)
-    score, post, *_ = scoring
-    if not statistics and (score > 0 or post) and K <= 16:
-        # a row a warp for latency; four of them share one where there are many
-        piece = min(lanes, max(lanes // 8, 128 if T <= FEW_ROWS else 32))
-        warps = 1 if T <= SMS else 4
-        block = warps * max(1, 128 // piece)
-        constants = (E, K, lanes, *scoring, block, piece)
-        return Launch(_sparse_backward_kernel, (ceil_div(T, block), 1, 1), constants, warps), True
-    block = max(1, 4096 // lanes)
-    piece = min(lanes, max(16, lanes // 4))
-    constants = (E, K, lanes, *scoring, statistics, block, piece)
-    return Launch(_route_backward_kernel, (ceil_div(T, block), 1, 1), constants, 8), False
+@functools.lru_cache(maxsize=1024)
+def _sparse_backward(E: int, K: int, piece: int, warps: int, block: int, config) -> Bound:
+    constants = dict(E=E, K=K, LANES=_lanes(E)[1], BT=block, PIECE=piece)
+    return sparse_backward_kernel.bind(**constants, **_scoring(config), num_warps=warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _dense_backward(E: int, K: int, statistics: bool, block: int, config) -> Bound:
+    lanes = _lanes(E)[1]
+    constants = dict(E=E, K=K, LANES=lanes, STATISTICS=statistics, BT=block, PIECE=min(lanes, max(16, lanes // 4)))
+    return route_backward_kernel.bind(**constants, **_scoring(config), num_warps=8)
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -202,9 +183,13 @@ class _Tables:
 
     def finish(self, ids: Tensor) -> None:
         """The second launch, where one is needed."""
-        if not self.cut.single:
-            launch, numbers = _index_launch(self.E, self.cut), self.cut.numbers
-            launch((ids, self.places, self.counts, *self.pointers), (*numbers, self.cut.programs))
+        cut = self.cut
+        if not cut.single:
+            each = ceil_div(cut.programs, SMS)
+            chunk = max(1, min(16384 // _lanes(self.E)[1], pow2(cut.programs)))
+            bound = _index(self.E, chunk, min(2048, max(16, pow2(cut.per_range))), each)
+            pointers = (ids, self.places, self.counts, *self.pointers)
+            bound((ceil_div(cut.programs, each), 1, 1), pointers, (), (*cut.numbers, cut.programs))
 
 
 def expert_index(topk_ids: Tensor, num_experts: int):
@@ -213,9 +198,10 @@ def expert_index(topk_ids: Tensor, num_experts: int):
     if total == 0:
         tables = _Tables(ids, 0, num_experts, _cut_slots(1))
         return ids, tables.tokens.zero_(), tables.offsets.zero_(), tables.order, tables.index
-    launch, cut = _count_launch(given.dtype, total, num_experts)
+    cut = _cut_slots(total)
     tables = _Tables(ids, total, num_experts, cut)
-    launch((given, ids, tables.places, tables.counts, *tables.pointers), (total, cut.per_range))
+    pointers = (given, ids, tables.places, tables.counts, *tables.pointers)
+    _count(num_experts, cut.single, cut.block)((cut.programs, 1, 1), pointers, (), (total, cut.per_range))
     tables.finish(ids)
     return ids, *tables.pointers
 
@@ -230,23 +216,23 @@ def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_e
         shape = (S, E) if statistics else (0,)
         sums, squares = logits.new_zeros(shape, dtype=f32), logits.new_zeros(shape[:1], dtype=f32)
         return weights, *expert_index(ids, num_experts), sums, squares, torch.zeros_like(sums, dtype=torch.int32)
-    if given is None:
-        dtypes = (logits.dtype, None if bias is None else bias.dtype)
-        launch, cut, slots = _route_launch(dtypes, T, E, K, stride, S, statistics, config)
-    else:
-        launch, cut = _weigh_launch((logits.dtype, given.dtype), T, E, K, stride, S, statistics, config)
+    cut = _cut(T, S, _lanes(E, config.num_groups if given is None else 1)[1])
     sums = squares = None
     if statistics:
         sums, squares = _empty(weights, cut.programs, E, dtype=f32), _empty(weights, cut.programs, dtype=f32)
     if given is None:
-        made = _Tables(ids, T * K, E, slots, statistics)
+        made = _Tables(ids, T * K, E, cut.of_slots(K), statistics)
         counts, tables = made.counts, made.pointers
-        launch((logits, bias, weights, ids, made.places, counts, sums, squares, *tables), (stride, *cut.numbers))
+        bound = _route(E, bias is not None, statistics, cut.single, cut.block, cut.piece, cut.num_warps, config)
+        pointers = (logits, bias, weights, ids, made.places, counts, sums, squares, *tables)
+        bound((cut.programs, 1, 1), pointers, (stride,), cut.numbers)
         if num_experts == E:
             made.finish(ids)
     else:
         counts, tables = (_empty(ids, cut.programs, E + 1) if statistics else None), ()
-        launch((logits, given.contiguous(), weights, ids, counts, sums, squares), (stride, *cut.numbers))
+        bound = _weigh(E, K, statistics, cut.block, cut.num_warps, config)
+        pointers = (logits, given.contiguous(), weights, ids, counts, sums, squares)
+        bound((cut.programs, 1, 1), pointers, (stride,), cut.numbers)
     if given is not None or num_experts < E:  # the choice is not the kernel's, or some experts have no rows
         _, *tables = expert_index(ids, num_experts)
     if sums is None or squares is None or counts is None:
@@ -263,14 +249,20 @@ def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tenso
     K = ids.shape[1]
     out = torch.empty(T, E, dtype=logits.dtype, device=logits.device)
     if T:
-        stride = logits.stride(0)
-        launch, sparse = _backward_launch((grad.dtype, logits.dtype), T, E, K, stride, statistics, config)
-        if sparse:
-            launch((grad, logits, ids, out), (stride, T))
+        stride, lanes, scoring = logits.stride(0), _lanes(E)[1], _scoring(config)
+        if not statistics and (scoring["SCORE"] > 0 or scoring["POST"]) and K <= 16:
+            # a row a warp for latency; four of them share one where there are many
+            piece = min(lanes, max(lanes // 8, 128 if T <= FEW_ROWS else 32))
+            warps = 1 if T <= SMS else 4
+            block = warps * max(1, 128 // piece)
+            bound = _sparse_backward(E, K, piece, warps, block, config)
+            bound((ceil_div(T, block), 1, 1), (grad, logits, ids, out), (stride,), (T,))
         else:
             sums, squares = (grad_p, grad_lse) if statistics else (None, None)
-            per_sequence = T // grad_p.shape[0] if statistics else T
-            launch((grad, sums, squares, logits, ids, out), (stride, T, per_sequence))
+            per_sequence, block = T // grad_p.shape[0] if statistics else T, max(1, 4096 // lanes)
+            bound = _dense_backward(E, K, statistics, block, config)
+            pointers = (grad, sums, squares, logits, ids, out)
+            bound((ceil_div(T, block), 1, 1), pointers, (stride,), (T, per_sequence))
     return out
 
 
@@ -298,19 +290,19 @@ def _counter(device: torch.device) -> Tensor:
     return _arrived[key]
 
 
-@functools.lru_cache(maxsize=4096)
-def _gate_launch(
-    dtypes: tuple, T: int, E: int, H: int, stride_x: int, stride_w: int, config
-) -> tuple[Launch, _Cut, int]:
-    """Kept apart by all that the compiled kernel depends on: `dtypes` are those of x, the logits' bias and bias."""
+@functools.lru_cache(maxsize=1024)
+def _gate(T: int, E: int, H: int, logit_bias: bool, bias: bool, config) -> tuple[Bound, _Cut, tuple[int, int, int]]:
+    """Of at most 16 tokens, which make two cuts or three."""
     cut = _cut(T, 1, _lanes(E, config.num_groups)[1], least=16)  # the least that its product takes
     block_n = 16 if E * H <= 1 << 19 else 32
     tiles = ceil_div(E, block_n)
     split = max(64, ceil_div(ceil_div(H, max(1, GATE_PROGRAMS // tiles)), 64) * 64)
     splits, block_k = ceil_div(H, split), 128 if split % 128 == 0 else 64
-    constants = (H, split, splits, tiles, block_n, block_k, dtypes[1] is not None)
-    constants += _routing_constants(E, config.top_k, dtypes[2], False, cut, config)
-    return Launch(_gate_route_kernel, (tiles, splits, 1), constants, cut.num_warps, overlaps=True), cut, splits
+    bound = gate_route_kernel.bind(
+        H=H, SPLIT=split, SPLITS=splits, TILES=tiles, BLOCK_N=block_n, BLOCK_K=block_k, HAS_LOGIT_BIAS=logit_bias,
+        num_warps=cut.num_warps, **_choosing(E, bias, False, cut.single, cut.block, cut.piece, config),
+    )  # fmt: skip
+    return bound, cut, (tiles, splits, 1)
 
 
 def gate_route(x: Tensor, weight: Tensor, logit_bias: Tensor | None, bias: Tensor | None, config):
@@ -318,10 +310,9 @@ def gate_route(x: Tensor, weight: Tensor, logit_bias: Tensor | None, bias: Tenso
     x, weight = unit_rows(x), unit_rows(weight)
     (T, H), E, K, f32 = x.shape, weight.shape[0], config.top_k, torch.float32
     strides = (x.stride(0), weight.stride(0))
-    dtypes = (x.dtype, None if logit_bias is None else logit_bias.dtype, None if bias is None else bias.dtype)
-    launch, cut, splits = _gate_launch(dtypes, T, E, H, *strides, config)
+    bound, cut, grid = _gate(T, E, H, logit_bias is not None, bias is not None, config)
     logits, weights, ids = _empty(x, T, E, dtype=f32), _empty(x, T, K, dtype=f32), _empty(x, T, K)
-    made, partial = _Tables(ids, T * K, E, cut), _empty(x, splits, T, E, dtype=f32)
+    made, partial = _Tables(ids, T * K, E, cut), _empty(x, grid[1], T, E, dtype=f32)
     pointers = (x, weight, logit_bias, partial, _counter(x.device), logits, bias, weights, ids, *made.pointers)
-    launch(pointers, (*strides, T))
+    bound(grid, pointers, strides, (T,))
     return logits, weights, ids, *made.pointers

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from ...hardware import tl, triton
+from ...launch import Kernel
 from ._triton_scores import NEG_INF, derivative, elementwise, exp_rows, load_rows, transform_logits
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
-def _sparse_backward_kernel(
+def sparse_backward_kernel(
     grad_ptr, logits_ptr, ids_ptr, out_ptr, stride_t, T,
     E: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr,
     RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr,
@@ -73,8 +75,9 @@ def _sparse_backward_kernel(
         tl.store(out_ptr + token * E + lane, dx.to(out_ptr.dtype.element_ty), mask=alive_t & (lane < E))
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T", "per_sequence"])
-def _route_backward_kernel(
+def route_backward_kernel(
     grad_ptr, grad_sums_ptr, grad_squares_ptr, logits_ptr, ids_ptr, out_ptr, stride_t, T, per_sequence,
     E: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr,
     RENORM: tl.constexpr, EPS: tl.constexpr, MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr,

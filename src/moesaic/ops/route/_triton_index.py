@@ -6,7 +6,7 @@ Legend: a *lane* holds one expert; a slot's *place* counts the slots of its expe
 from __future__ import annotations
 
 from ...hardware import tl, triton
-from ...launch import follow
+from ...launch import Kernel, follow
 
 
 @triton.jit
@@ -64,8 +64,9 @@ def starts(counts, tokens_ptr, offsets_ptr, expert, is_expert, E: tl.constexpr):
     return start, total
 
 
+@Kernel
 @triton.jit(do_not_specialize=["total", "per_range"])
-def _count_kernel(
+def count_kernel(
     given_ptr, ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr, total, per_range,
     E: tl.constexpr, LANES: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -107,8 +108,9 @@ def _count_kernel(
         tl.store(counts_ptr + program * (E + 1) + E, dead_running)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range", "programs"])
-def _index_kernel(
+def index_kernel(
     ids_ptr, places_ptr, counts_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr,
     per_sequence, ranges, per_range, programs,
     E: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,

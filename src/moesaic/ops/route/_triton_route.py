@@ -7,7 +7,7 @@ of a token's values live in one layout, a row of lanes, because a change of layo
 from __future__ import annotations
 
 from ...hardware import tl, triton
-from ...launch import follow
+from ...launch import Kernel, follow
 from ._triton_index import places, range_of, starts, takers
 from ._triton_scores import (
     NAN_KEY,
@@ -149,8 +149,9 @@ def route_range(
         tl.store(squares_ptr + program, squares)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range"])
-def _route_kernel(
+def route_kernel(
     logits_ptr, bias_ptr, weights_ptr, ids_ptr, places_ptr, counts_ptr, sums_ptr, squares_ptr,
     tokens_ptr, offsets_ptr, order_ptr, index_ptr,
     stride_t, per_sequence, ranges, per_range,
@@ -175,8 +176,9 @@ def _route_kernel(
     )  # fmt: skip
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
-def _gate_route_kernel(
+def gate_route_kernel(
     x_ptr, w_ptr, logit_bias_ptr, partial_ptr, arrived_ptr, logits_ptr,
     bias_ptr, weights_ptr, ids_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr,
     stride_x, stride_w, T,
@@ -228,8 +230,9 @@ def _gate_route_kernel(
         )  # fmt: skip
 
 
+@Kernel
 @triton.jit(do_not_specialize=["per_sequence", "ranges", "per_range"])
-def _weigh_kernel(
+def weigh_kernel(
     logits_ptr, given_ptr, weights_ptr, ids_ptr, counts_ptr, sums_ptr, squares_ptr,
     stride_t, per_sequence, ranges, per_range,
     E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr, LANES: tl.constexpr, SCORE: tl.constexpr,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import check_same, check_shape
-from ...op import define, differentiable, eager, forced, watch
+from ...guards import eager, watch
+from ...op import forced
+from ...problem import define, differentiable
 from ...routing import Routing
 from . import _select, _weight_dtype, route
 from .config import RouterConfig
@@ -72,8 +74,7 @@ def gate(
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     usual = {"sequences": 1}
     given = {n: v for n, v in options.items() if v is not None and v is not False and v != usual.get(n)}
-    few = 0 < x.shape[0] <= FEW_TOKENS
-    if few and not keeps and not given and x.is_cuda and config.plain and eager(tensors):
+    if not keeps and not given and x.is_cuda and config.plain and eager(tensors) and 0 < x.shape[0] <= FEW_TOKENS:
         E, core = weight.shape[0], RouterConfig.of_core(*config.core())
         config.check(E, "gate")
         if bias is not None:
