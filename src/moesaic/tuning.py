@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,15 @@ from torch import Tensor
 from .activations import ACTIVATIONS, apply
 from .cases import Case
 from .errors import Unsupported
-from .hardware import gpu_of, triton_why_not
+from .hardware import Gpu, gpu_of, triton_why_not
 from .launcher import dry
 from .ops.fused_experts import fused_experts
 from .routing import Routing
 from .testing import failure
 
 LEAD = 1.02  # what a measured way must be ahead of the model's choice to be written
-OCTAVES = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)  # rows an expert
+PRICE = 1.5  # what the model may ask for a way that is tried, over its cheapest
+TOKENS = 1 << 15  # at most, in what is timed
 
 
 # ---------------------------------------------------------------- warm-up
@@ -144,13 +147,21 @@ def _module_layer(model: Any, module: Any, up: Tensor, down: Tensor) -> _Layer:
 
 
 # ---------------------------------------------------------------- tuning
-def tune(cases: Iterable[Case], *, device: str = "cuda", folder: Path | None = None) -> Path:
-    """Time every way to make the products of these layers, and write those that lead the model's choice.
+def tune(
+    cases: Iterable[Case], *, device: str = "cuda", folder: Path | None = None, record: Path | None = None,
+    workers: int = 1,
+) -> Path:  # fmt: skip
+    """Time the ways to make the products of these layers, and write those that lead the model's choice.
+
+    A way that the model prices at more than PRICE times its cheapest is not tried. What runs is captured in a CUDA
+    graph, so that the host's time does not count. Rows are spread evenly.
 
     Args:
         cases: layer shapes, e.g. from `moesaic.cases.CASES.values()`.
         device: a GPU.
         folder: where `<gpu>.json` is written or completed; by default the user's cache folder.
+        record: a file to which every time is appended, one JSON object a line.
+        workers: processes that compile before anything is timed.
 
     Returns:
         The file.
@@ -158,88 +169,142 @@ def tune(cases: Iterable[Case], *, device: str = "cuda", folder: Path | None = N
     Raises:
         Unsupported: there is no GPU that Triton runs on.
     """
-    here = torch.device(device)
+    here, cases = torch.device(device), list(cases)
     gpu = gpu_of(here)
     if reason := triton_why_not(here.type, gpu.arch if here.type == "cuda" else here.type):
         raise Unsupported(f"tune: {reason}.")
     products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")
-    experts = importlib.import_module("moesaic.ops.fused_experts._triton")
-    layer = importlib.import_module("moesaic.ops.fused_experts")
     path = (folder or products.cache_folder()) / f"{gpu.name.lower().replace(' ', '-')}.json"
     known = json.loads(path.read_text()) if path.is_file() else {"gpu": gpu.name, "products": {}}
-    for case in cases:
-        fields = case.problem(64, torch.bfloat16, here.type)
-        problem = layer.FusedExpertsProblem(gpu=gpu, **fields)
-        for spec, sorts in zip(experts._contiguous(problem), (True, False), strict=True):
-            entries = {
-                str(octave): products.tuned_values(way)
-                for octave in OCTAVES
-                if (way := _leader(products, spec.of(octave * case.num_experts), sorts, here)) is not None
-            }
-            if entries:
-                known["products"][products.tuned_key(spec)] = entries
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for case, _ in zip(cases, pool.map(_prepare, cases, [gpu] * len(cases)), strict=True):
+            for spec, sorts in _products(case, gpu):
+                key, entries = products.tuned_key(spec), {}
+                for octave in _octaves(spec, case.top_k):
+                    times = _times(spec, sorts, case.top_k, octave, here)
+                    if record is not None:
+                        _append(record, dict(gpu=gpu.name, product=key, rows_per_expert=octave, ways=times))
+                    model, best = times[0], min(times, key=lambda way: way["us"])
+                    if model["us"] > LEAD * best["us"]:
+                        entries[str(octave)] = best["way"]
+                if entries:
+                    known["products"][key] = entries
             known["date"] = date.today().isoformat()
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             part.write_text(json.dumps(known, indent=1) + "\n")
             part.replace(path)
-    products.tuned.cache_clear()
+    for cached in (products.tuned, products.choices):
+        cached.cache_clear()
     return path
 
 
-def _leader(products: Any, spec: Any, sorts: bool, device: torch.device) -> Any:
-    """The way that is measured to lead the model's choice by more than 2%, or None."""
-    found = products.ways(spec, sorts)
-    model, times = next(iter(found)), {}
-    call = _Product(spec, device)
-    for way in found:
-        run = call.way(products, way)
-        if call.wrong(run()) is None:
-            times[way] = _milliseconds(run)
-    best = min(times, key=times.__getitem__, default=model)
-    return best if best != model and times[model] > LEAD * times[best] else None
+def _append(record: Path, row: dict[str, Any]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with record.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-class _Product:
-    """The operands of one product, in even routing, and what it should give."""
+def _products(case: Case, gpu: Gpu) -> list[tuple[Any, bool]]:
+    """Both products of a layer in bf16, and whether gathered rows may be sorted first."""
+    layer = importlib.import_module("moesaic.ops.fused_experts")
+    experts = importlib.import_module("moesaic.ops.fused_experts._triton")
+    problem = layer.FusedExpertsProblem(gpu=gpu, **case.problem(64, torch.bfloat16, "cuda"))
+    return list(zip(experts._contiguous(problem), (True, False), strict=True))
 
-    def __init__(self, spec: Any, device: torch.device):
-        self.spec, E, R, K = spec, spec.experts, spec.rows, max(spec.top_k, 1)
+
+def _octaves(spec: Any, top_k: int) -> list[int]:
+    """Rows an expert, in powers of two, that up to TOKENS tokens give; 0 is less than one."""
+    return [0, *(o for o in (2**n for n in range(16)) if top_k <= o * spec.experts <= TOKENS * top_k)]
+
+
+def _ways(spec: Any, sorts: bool, rows: int) -> dict[Any, float]:
+    """What is worth trying, with the model's µs, its choice first."""
+    products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")
+    found = products.ways(spec.of(rows), sorts)
+    cheapest = next(iter(found.values()))
+    return {way: us for way, us in found.items() if us <= PRICE * cheapest}
+
+
+def _prepare(case: Case, gpu: Gpu) -> int:
+    """Compile what timing a case will launch, in a process of its own; the operands' memory is never touched."""
+    with dry() as pending:
+        for spec, sorts in _products(case, gpu):
+            tried: dict[Any, float] = {}
+            for octave in _octaves(spec, case.top_k):
+                tried |= _ways(spec, sorts, octave * spec.experts or case.top_k)
+            operands = _Operands(spec, 1, case.top_k, torch.device("cpu"), blank=True)
+            for way in tried:
+                operands.call(way)()
+    pending.compile()
+    return len(pending.requests)
+
+
+def _times(spec: Any, sorts: bool, top_k: int, octave: int, device: torch.device) -> list[dict[str, Any]]:
+    """Each way's µs beside the model's, the model's choice first. Less than a row an expert is one token."""
+    rows = octave * spec.experts or top_k
+    operands, times = _Operands(spec, rows // top_k, top_k, device), []
+    products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")
+    for way, model in _ways(spec, sorts, rows).items():
+        run = operands.call(way)
+        if (reason := operands.wrong(run())) is None:
+            us = _microseconds(run, operands.batches)
+            times.append(dict(way=products.tuned_values(way), model_us=round(model, 2), us=round(us, 2)))
+        else:
+            print(f"tune: {spec}: {way} is wrong: {reason}", file=sys.stderr)
+    return times
+
+
+class _Operands:
+    """The operands of one product in even routing, and what it should give."""
+
+    batches = 4  # routings in turn: with few tokens each reads other experts, as layer after layer does
+
+    def __init__(self, spec: Any, tokens: int, top_k: int, device: torch.device, blank: bool = False):
+        self.spec, E = spec, spec.experts
         g = torch.Generator(device).manual_seed(0)
-        tokens = -(-R // K)
-        ids = torch.rand(tokens, E, generator=g, device=device).topk(K, -1).indices
-        self.routing = Routing.from_topk(None, ids, E)
-        rows = tokens if spec.top_k else tokens * K
-        self.x = torch.randn(rows, spec.K, generator=g, device=device).to(spec.dtype)
-        shape = (E, spec.K, spec.width) if spec.input_major else (E, spec.width, spec.K)
-        w = torch.randn(shape, generator=g, device=device).mul_(spec.K**-0.5).to(spec.dtype)
+
+        def draw(*shape: int) -> Tensor:
+            if blank:
+                return torch.empty(shape, dtype=spec.dtype, device=device)
+            return torch.randn(shape, generator=g, device=device, dtype=spec.dtype)
+
+        ids = [torch.rand(tokens, E, generator=g, device=device).topk(top_k, -1).indices for _ in range(self.batches)]
+        self.routings = [Routing.from_topk(None, i, E) for i in ids]
+        self.x = draw(tokens if spec.top_k else tokens * top_k, spec.K)
+        w = draw(*((E, spec.K, spec.width) if spec.input_major else (E, spec.width, spec.K)))
         self.w = w.mT if spec.input_major else w
-        self.bias = torch.randn(E, spec.width, device=device).to(spec.dtype) if spec.epilogue.bias else None
+        if not blank:
+            w.mul_(spec.K**-0.5)
+        self.bias = draw(E, spec.width) if spec.epilogue.bias else None
         self.want: Tensor | None = None
 
-    def way(self, products: Any, choice: Any) -> Any:
+    def call(self, choice: Any) -> Callable[..., Tensor]:
         schedule = importlib.import_module("moesaic.ops.grouped_matmul.gpu.schedule")
         moving = importlib.import_module("moesaic.ops.permute._triton")
-        gemm, r, top_k = products.make(self.spec.any_rows, choice), self.routing, self.spec.top_k
+        products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")
+        gemm, top_k = products.make(self.spec.any_rows, choice), self.spec.top_k
+        asked = () if gemm.tiles is None else (gemm.tiles,)
+        tables = [schedule.TileTable(r.expert_offsets, r.row_order.shape[0], *asked) for r in self.routings]
 
-        def run() -> Tensor:
-            table = schedule.TileTable(r.expert_offsets, r.row_order.shape[0])
+        def run(n: int = 0) -> Tensor:
+            r = self.routings[n]
             x = moving.spread(self.x, r.row_index, top_k) if choice.sorts else self.x
-            return gemm(x, self.w, table, r.row_order if gemm.spec.top_k else None, self.bias)
+            return gemm(x, self.w, tables[n], r.row_order if gemm.spec.top_k else None, self.bias)
 
         return run
 
     def wrong(self, out: Tensor) -> str | None:
         """Against the first expert with rows, in fp64: tiles differ in where experts end, not in what they add."""
-        ends = self.routing.expert_offsets.tolist()
+        ends = self.routings[0].expert_offsets.tolist()
         e = next(e for e in range(self.spec.experts) if ends[e + 1] > ends[e])
-        some = slice(ends[e], ends[e + 1])
+        some = slice(ends[e], min(ends[e + 1], ends[e] + 512))
         if self.want is None:
             self.want = self._oracle(e, some)
         return failure(out[some], self.want, self.spec.K, 2)
 
     def _oracle(self, e: int, some: slice) -> Tensor:
-        rows = self.routing.row_order[some].long() // self.spec.top_k if self.spec.top_k else some
+        rows = self.routings[0].row_order[some].long() // self.spec.top_k if self.spec.top_k else some
         h = self.x[rows].double() @ self.w[e].double().T
         h = h if self.bias is None else h + self.bias[e].double()
         epilogue = self.spec.epilogue
@@ -249,13 +314,25 @@ class _Product:
         return apply(act, h, epilogue.interleaved)
 
 
-def _milliseconds(run: Any, repeats: int = 7) -> float:
-    """Median of a few, on the device's clock."""
-    run()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in marks:
-        start.record()
+def _microseconds(run: Callable[..., Tensor], batches: int, repeats: int = 7) -> float:
+    """Median on the device's clock, of replays of a graph that runs each batch once, or often where that is short."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+        begin.record()
         run()
         end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in marks)[repeats // 2]
+    end.synchronize()
+    calls = batches * max(1, min(8, round(0.3 / batches / begin.elapsed_time(end))))
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph, stream=stream):
+        for n in range(calls):
+            run(n % batches)
+    for _ in range(repeats + 1):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
+    return sorted(times[1:])[repeats // 2]
