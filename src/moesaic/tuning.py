@@ -1,7 +1,7 @@
 """Tuning and warming up: what a machine's own measurements add to the choice, and compiling before the first request.
 
-`tune` times every way to make a layer's products, keeps those that agree with the fp64 oracle, and writes what beats
-the model's choice to `tuned/<gpu>.json` of a cache folder, which choice reads beside the tables that come with moesaic.
+`tune` times the ways to make a layer's products, keeps those that agree with the fp64 oracle, and writes the fastest
+to `tuned/<gpu>.json` of a cache folder, which choice reads beside the tables that come with moesaic.
 `warmup` compiles what a range of token counts will need, several kernels at a time.
 """
 
@@ -30,7 +30,7 @@ from .ops.fused_experts import fused_experts
 from .routing import Routing
 from .testing import failure
 
-LEAD = 1.02  # what a measured way must be ahead of the model's choice to be written
+LEAD = 1.02  # what a way must be ahead of the others of its table to have a place in it
 PRICE = 1.5  # what the model may ask for a way that is tried, over its cheapest
 TOKENS = 1 << 15  # at most, in what is timed
 
@@ -151,7 +151,7 @@ def tune(
     cases: Iterable[Case], *, device: str = "cuda", folder: Path | None = None, record: Path | None = None,
     workers: int = 1,
 ) -> Path:  # fmt: skip
-    """Time the ways to make the products of these layers, and write those that lead the model's choice.
+    """Time the ways to make the products of these layers, and write the fastest.
 
     A way that the model prices at more than PRICE times its cheapest is not tried. What runs is captured in a CUDA
     graph, so that the host's time does not count. Rows are spread evenly.
@@ -179,16 +179,12 @@ def tune(
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for case, _ in zip(cases, pool.map(_prepare, cases, [gpu] * len(cases)), strict=True):
             for spec, sorts in _products(case, gpu):
-                key, entries = products.tuned_key(spec), {}
+                key, rows = products.tuned_key(spec), {}
                 for octave in _octaves(spec, case.top_k):
-                    times = _times(spec, sorts, case.top_k, octave, here)
+                    rows[octave] = _times(spec, sorts, case.top_k, octave, here)
                     if record is not None:
-                        _append(record, dict(gpu=gpu.name, product=key, rows_per_expert=octave, ways=times))
-                    model, best = times[0], min(times, key=lambda way: way["us"])
-                    if model["us"] > LEAD * best["us"]:
-                        entries[str(octave)] = best["way"]
-                if entries:
-                    known["products"][key] = entries
+                        _append(record, dict(gpu=gpu.name, product=key, rows_per_expert=octave, ways=rows[octave]))
+                known["products"][key] = table(rows)
             known["date"] = date.today().isoformat()
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
@@ -197,6 +193,34 @@ def tune(
     for cached in (products.tuned, products.choices):
         cached.cache_clear()
     return path
+
+
+def table(rows: dict[int, list[dict[str, Any]]]) -> dict[str, list[Any]]:
+    """A product's entry in a tuned file: the fastest way for its rows an expert, out of as few ways as lose under 2%.
+
+    `rows` maps rows an expert to ways and their measured µs. Each way is a kernel to compile, so that one that gains
+    little over another of the table is left out.
+    """
+    times = {octave: {tuple(way["way"]): way["us"] for way in ways} for octave, ways in rows.items() if ways}
+    best = {octave: min(ways.values()) for octave, ways in times.items()}
+    serves: dict[tuple[Any, ...], set[int]] = {}
+    for octave, ways in times.items():
+        for way, us in ways.items():
+            serves.setdefault(way, set()).update({octave} if us <= LEAD * best[octave] else ())
+
+    def loss(way: tuple[Any, ...]) -> float:
+        return sum(ways.get(way, 2 * best[octave]) / best[octave] for octave, ways in times.items())
+
+    kept: list[tuple[Any, ...]] = []
+    unserved = set(times)
+    while unserved:
+        ranks = {way: (-len(served & unserved), loss(way), str(way)) for way, served in serves.items()}
+        kept.append(min(ranks, key=ranks.__getitem__))
+        unserved -= serves[kept[-1]]
+    return {
+        str(octave): list(min((way for way in kept if way in ways), key=ways.__getitem__))
+        for octave, ways in times.items()
+    }
 
 
 def _append(record: Path, row: dict[str, Any]) -> None:
@@ -284,13 +308,12 @@ class _Operands:
         moving = importlib.import_module("moesaic.ops.permute._triton")
         products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")
         gemm, top_k = products.make(self.spec.any_rows, choice), self.spec.top_k
-        asked = () if gemm.tiles is None else (gemm.tiles,)
-        tables = [schedule.TileTable(r.expert_offsets, r.row_order.shape[0], *asked) for r in self.routings]
 
         def run(n: int = 0) -> Tensor:
             r = self.routings[n]
+            table = schedule.TileTable(r.expert_offsets, r.row_order.shape[0])
             x = moving.spread(self.x, r.row_index, top_k) if choice.sorts else self.x
-            return gemm(x, self.w, tables[n], r.row_order if gemm.spec.top_k else None, self.bias)
+            return gemm(x, self.w, table, r.row_order if gemm.spec.top_k else None, self.bias)
 
         return run
 

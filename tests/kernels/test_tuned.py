@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moesaic
-from moesaic import Unsupported, hardware
+from moesaic import Unsupported, hardware, tuning
 from moesaic.activations import ACTIVATIONS
 from moesaic.cases import CASES, Case
 from moesaic.launcher import dry
@@ -101,18 +101,19 @@ def test_memory_and_peak_price_a_product(name, experts):
     assert many == pytest.approx(H200.peak / place.peak, rel=0.15)
 
 
-def test_every_measured_choice_can_run(experts):
+@pytest.mark.parametrize("name", ["H100", "H200"])
+def test_every_measured_choice_can_run(name, experts):
     """Of the tables that come along: each entry is a way of one of the cases."""
     known = set()
     for case in CASES.values():
-        for spec, sorts in zip(experts._contiguous(problem_of(case)), (True, False), strict=True):
-            key, rows = experts.gpu.tuned_key(spec), experts.gpu.tuned("H200")
+        for spec, sorts in zip(experts._contiguous(problem_of(case, hardware.GPUS[name])), (True, False), strict=True):
+            key, rows = experts.gpu.tuned_key(spec), experts.gpu.tuned(name)
             for octave, way in rows.get(key, {}).items():
                 known.add(key)
                 sized = spec.of(octave * spec.experts)
                 found = experts.gpu.measured(sized, sorts)
                 assert found is not None and experts.gpu.tuned_values(found) == way, (case.name, key, octave)
-    assert known == set(experts.gpu.tuned("H200"))
+    assert known == set(experts.gpu.tuned(name))
 
 
 def test_a_users_own_table_comes_first(experts, tmp_path):
@@ -133,7 +134,8 @@ def test_a_users_own_table_comes_first(experts, tmp_path):
 def test_tiles_that_gain_little_are_left_out(experts):
     """Whatever is chosen is within 2% of the best, where nothing was measured."""
     for case in CASES.values():
-        for spec, sorts in zip(experts._contiguous(problem_of(case, H100)), (True, False), strict=True):
+        place = hardware.GPUS["GH200"]
+        for spec, sorts in zip(experts._contiguous(problem_of(case, place)), (True, False), strict=True):
             choices = experts.gpu.choices(spec, sorts)
             for rows in (8, 100, 1000, 10000, 100000):
                 times = experts.gpu.ways(spec.of(rows), sorts)
@@ -189,3 +191,11 @@ def test_weights_may_lie_any_way(device):
     spec = Wide(hardware.gpu_of(rows.device), rows.dtype, 3, 20, 24, (24, *w.stride()))
     gemm = gpu.kernel("pointer").launch(spec, Config(16, 32, 32, 4, 2))
     torch.testing.assert_close(gemm(rows, w, TileTable(routing.expert_offsets, 6)), want)
+
+
+def test_a_table_keeps_few_ways():
+    """The way that serves most rows is kept, and a second one only where the first loses more than 2%."""
+    ways = {1: (10.0, 10.1, 20.0), 2: (20.0, 20.1, 20.2), 4: (50.0, 40.0, 41.0), 8: (90.0, 90.5, 80.0)}
+    rows = {r: [dict(way=[name], us=us) for name, us in zip("abc", times, strict=True)] for r, times in ways.items()}
+    assert tuning.table(rows) == {"1": ["b"], "2": ["b"], "4": ["b"], "8": ["c"]}
+    assert tuning.table({1: []}) == {}

@@ -1,8 +1,8 @@
 """What a product costs on a GPU: the larger of what memory and arithmetic take, rounded where they meet.
 
 Fitted to 185 products of seven models with 16 to 16384 tokens (H200, 2026-11-23), so that choosing by it loses least:
-0.3% over the best of the tiles in the mean. A GPU of other rates is priced by the shares of its rates that the H200
-reached; of all models' products: docs/kernels.md.
+0.3% over the best of the tiles in the mean. A GPU of other rates is priced by its own: how far that carries was seen
+on an H100, 1.8% over the best in the mean (486 products, 2026-11-27). Of all models' products: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .spec import Config, GemmSpec
 FITTED = GPUS["H200"]
 PEAK = 790.0  # TFLOP/s that products on the FITTED reach at its power limit
 COPY_RATE = 3.6  # TB/s of rows copied into their order there
+REACHED = {"H100": 0.9}  # of PEAK, on other GPUs, beyond what their published rates say
+SOFT = 6  # how sharply a tile's rate gives way to what memory has
 
 
 @dataclass(frozen=True)
@@ -61,31 +63,33 @@ def expected_rows(config: Config, odd: int, mean: float) -> float:
     return float((chances * rows).sum() / chances.sum())
 
 
-def shares(gpu: Gpu) -> tuple[float, float]:
-    """The GPU's rates over the FITTED one's: of memory, and of arithmetic a multiprocessor."""
-    each, fitted = gpu.peak / gpu.processors, FITTED.peak / FITTED.processors
-    return gpu.bandwidth / FITTED.bandwidth, each / fitted
+def peak_of(gpu: Gpu) -> float:
+    """TFLOP/s that products reach."""
+    return PEAK * gpu.peak / FITTED.peak * REACHED.get(gpu.name, 1.0)
+
+
+def memory_rate(gpu: Gpu, rate: float) -> float:
+    """TB/s of a tile that reaches `rate` on the FITTED GPU: no more than there is, and no more with more of it."""
+    return (rate**-SOFT + gpu.bandwidth**-SOFT - FITTED.bandwidth**-SOFT) ** (-1 / SOFT)
 
 
 def microseconds(spec: GemmSpec, config: Config, cost: Cost) -> float:
     """Estimated time of a product with these tiles."""
-    memory_share, peak_share = shares(spec.gpu)
     processors = spec.gpu.processors * cost.blocks
     hit = spec.experts * (1 - math.exp(-spec.rows_per_expert))
     elements = hit * spec.width * spec.K + spec.sources * spec.K + spec.rows * spec.N
     if spec.epilogue.preact:
         elements += spec.rows * spec.width
-    memory = 2 * elements / (cost.rate * memory_share) / 1e6
+    memory = 2 * elements / memory_rate(spec.gpu, cost.rate) / 1e6
     tiles = spec.experts * expected_rows(config, cost.odd, spec.rows_per_expert) / config.block_m
     waves = tiles * math.ceil(spec.width / config.block_n) / processors
     waves += 0.7 * (math.ceil(waves) - waves)  # the last wave is not full, but its tiles run the faster for it
-    rate = PEAK * peak_share * spec.gpu.processors / FITTED.processors
-    step = 2 * config.block_m * config.block_n * config.block_k * processors / rate / 1e6
+    step = 2 * config.block_m * config.block_n * config.block_k * processors / peak_of(spec.gpu) / 1e6
     work = waves * (math.ceil(spec.K / config.block_k) * step * cost.slowdown + cost.start)
     return (memory**6 + work**6) ** (1 / 6)
 
 
 def copy_microseconds(spec: GemmSpec) -> float:
     """Of gathered rows being copied into their order first: a read and a write."""
-    rate = COPY_RATE * shares(spec.gpu)[0]
+    rate = COPY_RATE * spec.gpu.bandwidth / FITTED.bandwidth
     return 2 * (spec.rows + spec.sources) * spec.K / rate / 1e6
