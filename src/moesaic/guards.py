@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,9 +41,20 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _autocasting() -> bool:
+    """False when autocast is off for every device, which is quicker to ask than for one."""
+    return torch.compiler.is_compiling() or _any_autocast()
+
+
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for x's device (fp64 stays), else as they are."""
-    tensors, device = (x, *others), x.device.type
+    tensors = (x, *others)
+    if not _autocasting():
+        return tensors
+    device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -57,7 +68,7 @@ def eager(arguments: tuple[Any, ...]) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if _transformed() or torch._C._get_tracing_state() is not None:
+    if _transformed() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return False
     return _PLAIN.issuperset(map(type, arguments))
 
@@ -71,7 +82,7 @@ def _no_autocast(device: str) -> Iterator[None]:
 def outside_autocast(device: torch.device) -> Any:
     """An operator runs outside autocast, whose lists would otherwise reach the products inside it; what autocast asks
     of its operands, `autocast` has done before."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    if not _autocasting() or device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return _NOTHING
     return _no_autocast(device.type)
 

@@ -148,16 +148,24 @@ class Bound:
                 self(grid, pointers, strides, counts)
             return
         # plain addresses spare the C side a method call and a driver's question each
-        arguments: list[Any] = [0 if p is None else p.data_ptr() for p in pointers]
+        arguments: list[Any] = []
+        dtypes: list[torch.dtype | None] = []
         bits = 0
-        for address in arguments:
-            bits |= address
+        for p in pointers:
+            if p is None:
+                arguments.append(0)
+                dtypes.append(None)
+            else:
+                address = p.data_ptr()
+                bits |= address
+                arguments.append(address)
+                dtypes.append(p.dtype)
         if bits & 15:  # compiled kernels load 16 bytes at a time; what is written is ours and begins where it should
             self(
                 grid, tuple(p if p is None or not p.data_ptr() & 15 else aligned(p) for p in pointers), strides, counts
             )
             return
-        key = (device, state.overlap, strides, *[None if p is None else p.dtype for p in pointers])
+        key = (device, state.overlap, strides, *dtypes)
         entry = self._entries.get(key)
         if entry is None:
             if pending is not None:

@@ -205,7 +205,9 @@ class Op:
     # ------------------------------------------------------------ calls
     def __call__(self, operands: Any, options: Any, implementation: str | None = None) -> Any:
         """The operator's outputs. Where nobody is watching and no gradient is kept, without the dispatcher's time."""
-        watch(self.name, *operands)
+        quiet = eager(operands)
+        if not quiet:
+            watch(self.name, *operands)
         keep = recorded = False
         if torch.is_grad_enabled():
             for name in self.gradients:
@@ -214,10 +216,9 @@ class Op:
                     recorded = True
                     keep = keep or name not in self.straight
         name = forced(implementation)
-        arguments = (*operands, *options, keep, name)
-        if not recorded and eager(arguments):
+        if quiet and not recorded:
             return self.outputs(*self._run(operands, options, keep, name)[0])
-        out = getattr(torch.ops.moesaic, self.name)(*arguments)
+        out = getattr(torch.ops.moesaic, self.name)(*operands, *options, keep, name)
         return self.outputs(*(out if isinstance(out, (tuple, list)) else (out,))[: len(self.outputs._fields)])
 
     def _run(self, operands: Any, options: Any, keep: bool, implementation: str) -> tuple[Any, Any]:

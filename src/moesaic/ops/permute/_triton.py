@@ -115,6 +115,13 @@ def _bound(kernel: Kernel, H: int, top_k: int, block: int, **more: Any) -> Bound
     return kernel.bind(H=H, TOP_K=top_k, BLOCK=block, **more)
 
 
+@functools.lru_cache(maxsize=1024)
+def _combine_bound(H: int, top_k: int, weighted: bool, residual: bool) -> tuple[Bound, int]:
+    """The kernel, and into how many blocks it cuts a row."""
+    block = min(_block(H), 1024)
+    return _bound(combine_kernel, H, top_k, block, WEIGHTED=weighted, RESIDUAL=residual), ceil_div(H, block)
+
+
 def permute(o: Any, problem: Any) -> tuple[tuple[Tensor], None]:
     return (_permuted(unit_rows(o.x), o, problem.top_k),), None
 
@@ -151,11 +158,8 @@ def combine(
         if residual is not None:
             residual = unit_rows(residual)
             apart = residual.stride(0)
-        block = min(_block(H), 1024)
-        bound = _bound(
-            combine_kernel, H, top_k, block, WEIGHTED=weights is not None, RESIDUAL=residual is not None
-        )  # fmt: skip
-        bound((T, ceil_div(H, block), 1), (rows, row_index, weights, residual, out), (rows.stride(0), apart))
+        bound, blocks = _combine_bound(H, top_k, weights is not None, residual is not None)
+        bound((T, blocks, 1), (rows, row_index, weights, residual, out), (rows.stride(0), apart))
     return out
 
 

@@ -114,7 +114,7 @@ def route(
     """
     who = "route"
     if config is None:
-        config = RouterConfig(**fields)
+        config = RouterConfig(**fields) if torch.compiler.is_compiling() else _config(**fields)
     elif fields:
         raise ValueError(
             f"{who}: give config or its fields as keywords, not both; got both {config} and {sorted(fields)}."
@@ -165,6 +165,8 @@ def route(
         )
     return Routing(weights, topk_ids, *tables, logits=router_logits, config=config, capacity=limit, **extras)
 
+
+_config = functools.lru_cache(maxsize=1024)(RouterConfig)
 
 route.implementations = OP.implementations  # type: ignore[attr-defined]
 
@@ -244,7 +246,10 @@ def _check(who, logits, config, bias, expert_scale, ids, token_mask, expert_mask
     if not logits.is_floating_point():
         raise ValueError(f"{who}: router_logits must be floating point, got {logits.dtype}; convert with .float().")
     T, columns = logits.shape
-    config.check(config.num_experts(columns), who)
+    if torch.compiler.is_compiling():
+        config.check(config.num_experts(columns), who)
+    else:
+        config.fits(config.num_experts(columns), who)
     candidates = columns - config.shared_logits
     if bias is not None:
         check_shape(who, "bias", bias, (candidates,))
@@ -274,9 +279,10 @@ def _check(who, logits, config, bias, expert_scale, ids, token_mask, expert_mask
             raise ValueError(f"{who}: {name} must be floating point, got {tensor.dtype}; convert it with .float().")
     tensors = dict(bias=bias, expert_scale=expert_scale, ids=ids, token_mask=token_mask, expert_mask=expert_mask,
                    noise_logits=noise_logits)  # fmt: skip
+    device = logits.device
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{who}: {name} must be on {logits.device}, got {tensor.device}; move it.")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{who}: {name} must be on {device}, got {tensor.device}; move it.")
     if sequences < 1 or T % sequences:
         raise ValueError(
             f"{who}: sequences must be positive and divide the number of tokens T={T}, got {sequences}; pad them to "

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ...errors import check_choice
 
@@ -122,6 +123,18 @@ class RouterConfig:
     drop_policy: str = "position"
     renorm_after_drop: bool = False
 
+    def __hash__(self) -> int:
+        """Made once: plans are looked up by it at every call."""
+        made = self.__dict__.get("_hash")
+        if made is None:
+            made = hash(tuple(getattr(self, f.name) for f in fields(self)))
+            object.__setattr__(self, "_hash", made)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash: strings have another in another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     # ------------------------------------------------------------ what follows from the fields
     @property
     def extra_experts(self) -> int:
@@ -181,6 +194,12 @@ class RouterConfig:
         return max(0, min(max(capacity, self.min_capacity), num_tokens))
 
     # ------------------------------------------------------------ checks
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - configurations are few
+    def fits(self, num_experts: int, who: str) -> bool:
+        """True, or what `check` raises; looked at once for each number of experts."""
+        self.check(num_experts, who)
+        return True
+
     def check(self, num_experts: int, who: str = "route") -> None:
         """Raise `ValueError` unless this configuration fits `num_experts` experts with matrices."""
         for name, choices in (
