@@ -24,7 +24,7 @@ import torch
 import moesaic
 from moesaic import RouterConfig
 from moesaic.bench import report
-from moesaic.ops.route import gate, router_logits
+from moesaic.ops.gate import gate, router_logits
 
 K = 8
 ROUTERS = {
@@ -133,8 +133,8 @@ def our_backward(kind, bias, logits):
     config = ROUTERS[kind][1]
     ids = moesaic.route(logits, config, bias=bias).topk_ids
     grad = torch.randn(ids.shape, device=logits.device)
-    none = grad.new_empty(0)
-    return lambda: torch.ops.moesaic.route_backward(grad, none, none, logits, ids, *config.core(), False, "")
+    rest = (None, None, logits, None, None, ids, *config.core(), logits.shape[1], 1, False, [True], "")
+    return lambda: torch.ops.moesaic.route_backward(grad, *rest)
 
 
 def sonic_backward(kind, bias, logits):

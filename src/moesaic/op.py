@@ -40,7 +40,7 @@ _library = torch.library.Library("moesaic", "DEF")
 Table = Annotated[Tensor, "table"]  # an operand or output that no gradient flows through
 Size = Annotated[int, "size"]  # an option that may vary from call to call, as a symbol too
 _SCHEMA: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", Size: "SymInt"}
-_SCHEMA |= {Tensor: "Tensor", Table: "Tensor", Tensor | None: "Tensor?"}
+_SCHEMA |= {Tensor: "Tensor", Table: "Tensor", Tensor | None: "Tensor?", Annotated[Tensor, "table"] | None: "Tensor?"}  # pyright: ignore
 
 
 @contextlib.contextmanager
@@ -205,8 +205,7 @@ class Op:
     # ------------------------------------------------------------ calls
     def __call__(self, operands: Any, options: Any, implementation: str | None = None) -> Any:
         """The operator's outputs. Where nobody is watching and no gradient is kept, without the dispatcher's time."""
-        quiet = eager(operands)
-        if not quiet:
+        if not (quiet := eager(operands)) and self.gradients:
             watch(self.name, *operands)
         keep = recorded = False
         if torch.is_grad_enabled():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_shape
-from .problem import run
+from .op import OPS
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class Routing:
             if topk_weights.dtype not in (torch.float32, torch.float64):
                 topk_weights = topk_weights.float()
         topk_ids = signed_ids(topk_ids)
-        ids, counts, offsets, order, index = run("expert_index", topk_ids, num_experts, implementation or "")
-        return cls(topk_weights, ids, counts, offsets, order, index)
+        index = OPS["expert_index"]  # which is not imported by name: its folder imports this file's
+        return cls(topk_weights, *index(index.operands(topk_ids), index.options(num_experts), implementation))
 
 
 def signed_ids(ids: Any) -> Any:

@@ -397,7 +397,7 @@ def test_flops_of_parts():
     with FlopCounterMode(display=False) as counter:
         moesaic.grouped_matmul(rows, w, routing).sum().backward()
         assert counter.get_total_flops() == 3 * 2 * T * K * H * I
-        torch.ops.moesaic.router_logits(x, gate, "").sum().backward()
+        torch.ops.moesaic.router_logits(x, gate, True, "").sum().backward()
     assert counter.get_total_flops() == 3 * 2 * T * K * H * I + 3 * 2 * T * H * E
 
 

@@ -28,11 +28,15 @@ from moesaic.cases import CASES, Case
 from moesaic.launch import can_overlap
 from moesaic.launcher import Request, dry
 from moesaic.ops import fused_experts as layer
+from moesaic.ops import index as indexing
 from moesaic.ops import permute as moving
+from moesaic.ops import route as routing
 from moesaic.ops.fused_experts import _triton as experts
+from moesaic.ops.gate import _triton as gate
 from moesaic.ops.grouped_matmul import gpu
 from moesaic.ops.grouped_matmul.gpu.schedule import TileTable
 from moesaic.ops.grouped_matmul.gpu.spec import GemmSpec
+from moesaic.ops.index import _triton as index
 from moesaic.ops.permute import _triton as permute
 from moesaic.ops.route import RouterConfig
 from moesaic.ops.route import _triton as route
@@ -257,21 +261,24 @@ def router_kernels() -> Iterator[Job]:
     for name, (config, E) in configs.items():
         K, bias = config.top_k, empty(E, dtype=f32)
         for T, statistics in ((1, False), (64, False), (32768, False), (4096, True)):
-            made = requests(route.route, empty(T, E, dtype=f32), bias, None, config, E, 1, statistics)
+            problem = routing.RouteProblem(columns=E, num_experts=E, config=config, statistics=statistics)
+            made = requests(route.forward, routing.Operands(empty(T, E, dtype=f32), bias, None), problem)
             yield from ((f"{r.bound.kernel.name} {name}, T = {T}", False, r) for r in made)
         ids = empty(4096, K, dtype=i32)
-        made = requests(route.route, empty(4096, E, dtype=f32), None, ids, config, E, 1, True)
+        problem = routing.RouteProblem(columns=E, num_experts=E, config=config, statistics=True)
+        o = routing.Operands(empty(4096, E, dtype=f32), None, ids)
+        made = requests(route.forward, o, problem)
         yield from ((f"{r.bound.kernel.name} {name}, given ids", False, r) for r in made)
-        for statistics in (False, True):
-            grads = empty(4096, K, dtype=f32), empty(1, E, dtype=f32), empty(1, dtype=f32)
-            logits = empty(4096, E, dtype=f32)
-            made = requests(route.route_backward, *grads, logits, ids, config, statistics)
+        for sums in (None, empty(1, E, dtype=f32)):
+            grads = routing.Outputs(empty(4096, K, dtype=f32), *[None] * 5, sums, None, None)
+            made = requests(route.backward, grads, o, routing.Saved(ids), problem, None)
             yield from ((f"{r.bound.kernel.name} {name}", False, r) for r in made)
     for name, E, H in (("softmax", 128, 2048), ("grouped sigmoid", 256, 7168)):
-        made = requests(route.gate_route, empty(16, H), empty(E, H), None, empty(E, dtype=f32), configs[name][0])
+        made = requests(gate.route_few, empty(16, H), empty(E, H), None, empty(E, dtype=f32), configs[name][0])
         yield from ((f"gate and route {name}", False, r) for r in made)
     for total in (64, 262144):
-        made = requests(route.expert_index, empty(total, 1, dtype=i32), 256)
+        problem = indexing.ExpertIndexProblem(num_experts=256)
+        made = requests(index.forward, indexing.Operands(empty(total, 1, dtype=i32)), problem)
         yield from ((f"{r.bound.kernel.name}, {total} slots", False, r) for r in made)
 
 

@@ -265,6 +265,11 @@ def test_opcheck_of_backward_operators(needed, implementation, device):
         torch.library.opcheck(op, (), {**arguments, "implementation": implementation})
     torch.library.opcheck(
         ops.route_backward,
-        (torch.randn(6, 2, device=device), torch.randn(2, 5, device=device), torch.randn(2, device=device),
-         torch.randn(6, 5, device=device), r.topk_ids, *RouterConfig(2).core(), needed, implementation),
+        (),
+        dict(
+            grad_weights=torch.randn(6, 2, device=device), grad_probability_sums=torch.randn(2, 5, device=device),
+            grad_logsumexp_squares=torch.randn(2, device=device), logits=torch.randn(6, 5, device=device), bias=None,
+            ids=None, saved_ids=r.topk_ids, **RouterConfig(2).core()._asdict(), num_experts=5, sequences=2,
+            statistics=True, needs=[needed], implementation=implementation,
+        ),
     )  # fmt: skip

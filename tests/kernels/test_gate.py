@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesaic import RouterConfig, route
-from moesaic.ops.route import gate, router_logits
+from moesaic.ops.gate import gate, router_logits
 from moesaic.testing import assert_close
 
 CONFIGS = {
@@ -49,14 +49,14 @@ def test_logits_of_doubles(device):
 def test_one_launch_from_hidden_states(name, tokens, implementation, device):
     if implementation != "triton":
         pytest.skip("torch and the reference take two steps")
-    from moesaic.ops.route import _triton as kernels
+    from moesaic.ops.gate import _triton as kernels
 
     E, config = CONFIGS[name]
     x, w = operands(tokens, E, 200, torch.float16, device)
     bias, logit_bias = (torch.linspace(-0.2, 0.3, E, device=device) for _ in range(2))
     for b, lb in ((bias, logit_bias), (None, None)):
         for _ in range(2):  # the counter of programs is zero again
-            logits, weights, ids, *tables = kernels.gate_route(x, w, lb, b, RouterConfig.of_core(*config.core()))
+            logits, weights, ids, *tables = kernels.route_few(x, w, lb, b, RouterConfig.of_core(config.core()))
             assert_close(logits, router_logits(x.double(), w.double(), lb), 200, 4)
             want = route(logits, config, bias=b, implementation="torch")
             for table, name in zip((ids, *tables), TABLES, strict=True):
@@ -86,7 +86,7 @@ def test_bad_input_and_operators(device):
     with pytest.raises(ValueError, match=r"gate: logit_bias must have shape \(4\)"):
         gate(x, w, RouterConfig(2), logit_bias=w[0])
     ops = torch.ops.moesaic
-    torch.library.opcheck(ops.router_logits, (x.requires_grad_(), w, ""))
+    torch.library.opcheck(ops.router_logits, (x.requires_grad_(), w, True, ""))
     torch.library.opcheck(
         ops.router_logits_backward, (torch.randn(3, 4, device=device), x.detach(), w, [True, False], "")
     )

@@ -457,11 +457,15 @@ def op_calls(device, implementation):
             needs=[True] * 6 + [False],
         ),
     )
-    yield ops.route, (leaf(5, 6), None, None, *config, 6, 1, False, implementation), {}
-    yield ops.route, (leaf(6, 6), None, r.topk_ids.new_tensor([[0, 1]] * 6), *config, 5, 2, True, implementation), {}
+    yield ops.route, (leaf(5, 6), None, None, *config, 6, 1, False, True, implementation), {}
+    yield (
+        ops.route,
+        (leaf(6, 6), None, r.topk_ids.new_tensor([[0, 1]] * 6), *config, 5, 2, True, True, implementation),
+        {},
+    )
     ragged = RouterConfig(3, "sigmoid", policy="top_p", threshold=0.4).core()
-    yield ops.route, (leaf(6, 8), leaf(8).detach(), None, *ragged, 8, 3, True, implementation), {}
-    yield ops.expert_index, (r.topk_ids, 3, implementation), {}
+    yield ops.route, (leaf(6, 8), leaf(8).detach(), None, *ragged, 8, 3, True, True, implementation), {}
+    yield ops.expert_index, (r.topk_ids, 3, False, implementation), {}
     yield ops.permute, (), named(x=leaf(5, 7), top_k=2, keep=True)
     yield ops.unpermute, (), named(rows=leaf(10, 7), weights=leaf(5, 2), top_k=2, keep=True)
     p = r.to_capacity(4)

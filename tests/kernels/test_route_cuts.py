@@ -20,16 +20,19 @@ def cut(monkeypatch):
     """Sets the numbers that cut."""
     if not hardware.has_triton():
         pytest.skip("triton is not installed")
+    from moesaic.ops.index import _triton as index
     from moesaic.ops.route import _triton
 
     def forget():
-        for made in vars(_triton).values():
+        for made in (*vars(_triton).values(), *vars(index).values()):
             if hasattr(made, "cache_clear"):
                 made.cache_clear()
 
     def set_all(**numbers):
         for name, number in numbers.items():
-            monkeypatch.setattr(_triton, name, number)
+            for module in (_triton, index):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, number)
         forget()
 
     yield set_all

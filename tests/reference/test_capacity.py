@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moesaic import RouterConfig, Routing, fused_experts, grouped_matmul, permute, route, unpermute
+from moesaic.ops.index import expert_index
 from moesaic.ops.route import capacity as queues
 
 IMPLEMENTATIONS = ("reference", "torch")
@@ -146,7 +147,7 @@ def test_places_are_the_order_of_the_queue(policy):
     weights = torch.tensor([[0.1, 0.9], [0.0, 0.2], [0.8, 0.4], [0.3, 0.0]])
 
     def index(topk_ids):
-        return torch.ops.moesaic.expert_index(topk_ids, 2, "torch")
+        return expert_index(topk_ids, 2, implementation="torch")
 
     want = {
         "position": [[0, 0], [-1, 1], [1, 2], [3, -1]],

@@ -9,7 +9,7 @@ import torch
 
 import moesaic
 from moesaic import Routing, Unsupported, fused_experts, grouped_matmul, permute, route, unpermute
-from moesaic.ops.route import router_logits
+from moesaic.ops.gate import router_logits
 
 E, K, T, H, I = 4, 2, 6, 8, 5
 

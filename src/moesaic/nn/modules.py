@@ -17,15 +17,8 @@ from torch import Tensor, nn
 
 from ..activations import resolve
 from ..ops.fused_experts import fused_experts
-from ..ops.route import (
-    gate,
-    importance_loss,
-    load_balancing_loss,
-    load_loss,
-    router_logits,
-    sequence_balance_loss,
-    z_loss,
-)
+from ..ops.gate import gate, router_logits
+from ..ops.route import importance_loss, load_balancing_loss, load_loss, sequence_balance_loss, z_loss
 from ..ops.route.policies import generator_of
 from ..routing import Routing
 from .config import MoEConfig

@@ -6,20 +6,21 @@ Legend: T tokens, E experts, K choices, S sequences.
 from __future__ import annotations
 
 import functools
+import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import check_shape
 from ...guards import watch
-from ...hardware import gpu_of
-from ...op import Place, forced, octave
-from ...problem import OldOp, define, differentiable, run
+from ...op import Op, Place, Size, Table, octave
 from ...routing import Routing, signed_ids
+from ..index import expert_index
 from . import _torch, capacity, policies
-from .config import CORE, RouterConfig
+from .config import Core, RouterConfig
+from .gradients import incoming
 from .losses import (
     cross_entropy_balance_loss,
     device_balance_loss,
@@ -36,29 +37,90 @@ __all__ = [
     "RouterConfig",
     "cross_entropy_balance_loss",
     "device_balance_loss",
-    "gate",
     "importance_loss",
     "load_balancing_loss",
     "load_loss",
     "route",
-    "router_logits",
     "sequence_balance_loss",
     "uniform_cross_entropy_loss",
     "z_loss",
 ]
 
 
+class Operands(NamedTuple):
+    logits: Tensor
+    bias: Table | None
+    ids: Table | None
+
+
+_OPTIONS = dict(num_experts=int, sequences=Size, statistics=bool)
+Options: Any = NamedTuple("Options", [*typing.get_type_hints(Core).items(), *_OPTIONS.items()])  # pyright: ignore
+
+
+class Outputs(NamedTuple):
+    """The choices, the tables of `Routing`, and sums over each sequence's tokens for the losses (else empty)."""
+
+    weights: Tensor
+    ids: Table
+    tokens_per_expert: Table
+    expert_offsets: Table
+    row_order: Table
+    row_index: Table
+    probability_sums: Tensor
+    logsumexp_squares: Tensor
+    choices: Table
+
+
+class Saved(NamedTuple):
+    ids: Tensor
+
+
 @dataclass(frozen=True)
 class RouteProblem(Place):
-    """What choosing depends on; the configuration, which decides nothing yet, is for the implementations to read."""
+    """What choosing depends on, and what implementations read; `num_experts` of the logits' `columns` have rows."""
 
     num_tokens: int = 0
     top_k: int = 1
     num_experts: int = 1
+    columns: int = 0
     config: RouterConfig | None = None
+    sequences: int = 1
+    statistics: bool = False
 
 
-OP = OldOp("route", __name__, ("triton", "torch", "reference"), RouteProblem)
+def _describe(o: Operands, options: Any) -> tuple[Any, ...]:
+    T, E = o.logits.shape
+    return o.logits.dtype, octave(T), E, RouterConfig.of_core(Core(*options[:_CORE]))
+
+
+def _fake(o: Operands, options: Any) -> Outputs:
+    (T, E), rows, wide = o.logits.shape, options.num_experts, torch.promote_types(o.logits.dtype, torch.float32)
+    K = options.top_k if o.ids is None else o.ids.shape[1]
+    S = options.sequences if options.statistics else 0
+    sums = (S, E) if S else (0,)
+
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return o.logits.new_empty(shape, dtype=dtype)
+
+    return Outputs(
+        new(T, K, dtype=wide), new(T, K), new(rows), new(rows + 1), new(T * K), new(T * K), new(*sums, dtype=wide),
+        new(S, dtype=wide), new(*sums),
+    )  # fmt: skip
+
+
+def _twice(
+    grads: Outputs, o: Operands, saved: Saved, options: Any, implementation: str, needs: Any
+) -> dict[str, Tensor]:
+    came = incoming(grads, o.logits, saved.ids, options.statistics)
+    return {"logits": _torch.gradient(*came, o.logits, saved.ids, RouterConfig.of_core(Core(*options[:_CORE])))}
+
+
+_CORE = len(Core._fields)
+OP = Op(
+    "route", __name__, ("triton", "torch", "reference"), operands=Operands, options=Options, outputs=Outputs,
+    saved=Saved, problem=RouteProblem, describe=(("dtype", "num_tokens", "columns", "config"), _describe), fake=_fake,
+    twice=_twice,
+)  # fmt: skip
 
 
 def route(
@@ -135,8 +197,8 @@ def route(
         x, ids, own_weights, load = _chosen(x, config, bias, ids, noise_logits, training, generator, implementation)
     else:
         own_weights = load = None
-    weights, raw, *tables, probability_sums, logsumexp_squares, choices = _run(
-        x, bias, ids, *config.core(), E, sequences, statistics, forced(implementation)
+    weights, raw, *tables, probability_sums, logsumexp_squares, choices = OP(
+        Operands(x, bias, ids), Options(*config.core(), E, sequences, statistics), implementation
     )
     weights = weights if own_weights is None else own_weights
     scaled = own_weights is None and not (config.weights_later or config.straight_through)
@@ -158,7 +220,7 @@ def route(
         extras.update(_extra_weights(weights, raw, E + config.zero_experts, config))
         topk_ids, weights = raw.masked_fill(raw >= E, -1), weights.masked_fill(raw >= E, 0.0)
     if limit is not None:
-        weights, topk_ids, tables = _limited(weights, topk_ids, limit, config, E, forced(implementation))
+        weights, topk_ids, tables = _limited(weights, topk_ids, limit, config, E, implementation)
     if statistics:
         extras.update(
             probability_sums=probability_sums, logsumexp_squares=logsumexp_squares, choices=choices, load=load
@@ -171,21 +233,12 @@ _config = functools.lru_cache(maxsize=1024)(RouterConfig)
 route.implementations = OP.implementations  # type: ignore[attr-defined]
 
 
-def _limited(weights, topk_ids, limit: int, config: RouterConfig, num_experts: int, implementation: str):
+def _limited(weights, topk_ids, limit: int, config: RouterConfig, num_experts: int, implementation: str | None):
     """`(weights, ids, tables)` after each expert dropped what it has no room for."""
-
-    def index(topk_ids):
-        return torch.ops.moesaic.expert_index(topk_ids, num_experts, implementation)
-
+    index = functools.partial(expert_index, num_experts=num_experts, implementation=implementation)
     weights, topk_ids = capacity.drop(weights, topk_ids, limit, config.drop_policy, config.renorm_after_drop, index)
     topk_ids, *tables = index(topk_ids)
     return weights, topk_ids, tables
-
-
-def _run(x: Tensor, bias: Tensor | None, ids: Tensor | None, *rest):
-    """The private operator, without the dispatcher's time where nobody is watching and no gradient is kept."""
-    keeps = torch.is_grad_enabled() and x.requires_grad
-    return torch.ops.moesaic.route(x, bias, ids, *rest) if keeps else run("route", x, bias, ids, *rest)
 
 
 def _masked(x: Tensor, token_mask: Tensor | None, expert_mask: Tensor | None) -> Tensor:
@@ -219,10 +272,8 @@ def _chosen(x, config, bias, ids, noise_logits, training, generator, implementat
         return x, ids, None, load
     if choice is not x:
         with torch.no_grad():
-            columns = choice.shape[1]
-            ids = torch.ops.moesaic.route(
-                choice, bias, None, *config.core(), columns, 1, False, forced(implementation)
-            )[1]
+            options = Options(*config.core(), choice.shape[1], 1, False)
+            ids = OP(Operands(choice, bias, None), options, implementation).ids
     return x, ids, None, load
 
 
@@ -313,112 +364,3 @@ def _check_values(who: str, logits: Tensor, config: RouterConfig, ids, expert_ma
             f"{who}: ids must lie in [-1, {candidates}), got {int(ids[t, k])} at token {t}, choice {k}; use -1 for a "
             "slot to leave out."
         )
-
-
-# ---------------------------------------------------------------- private operators
-_CONFIG = ", ".join(f"{kind} {name}" for name, kind in CORE.items())
-
-
-@functools.lru_cache(maxsize=4096)
-def _select(device, dtype, tokens: int, top_k: int, num_experts: int, config: RouterConfig | None, implementation: str):
-    """The implementation of a call, cached on plain values."""
-    problem = RouteProblem(device.type, gpu_of(device), dtype, tokens, top_k, num_experts, config)
-    return OP.select(problem, implementation.partition(":")[0])
-
-
-def _route(logits, bias, ids, *rest):
-    *core, num_experts, sequences, statistics, implementation = rest
-    config = RouterConfig.of_core(*core)
-    T, E = logits.shape
-    module = _select(logits.device, logits.dtype, octave(T), config.top_k, E, config, implementation)
-    return module.route(logits, bias, ids, config, num_experts, sequences, statistics)
-
-
-def _route_fake(logits, bias, ids, top_k, *rest):
-    *_, num_experts, sequences, statistics, _ = rest
-    T, E = logits.shape
-    K = top_k if ids is None else ids.shape[1]
-    S = sequences if statistics else 0
-    tables = _index_fake(logits.new_empty(T, K), num_experts, "")
-    sums = logits.new_empty((S, E) if S else (0,), dtype=_weight_dtype(logits))
-    squares = logits.new_empty((S,), dtype=_weight_dtype(logits))
-    choices = logits.new_empty((S, E) if S else (0,), dtype=torch.int32)
-    return logits.new_empty(T, K, dtype=_weight_dtype(logits)), *tables, sums, squares, choices
-
-
-def _weight_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _index(topk_ids, num_experts, implementation):
-    T, K = topk_ids.shape
-    module = _select(topk_ids.device, topk_ids.dtype, octave(T), K, num_experts, None, forced(implementation))
-    return module.expert_index(topk_ids, num_experts)
-
-
-def _index_fake(topk_ids, num_experts, implementation):
-    def i32(*n):
-        return topk_ids.new_empty(n, dtype=torch.int32)
-
-    T, K = topk_ids.shape
-    return i32(T, K), i32(num_experts), i32(num_experts + 1), i32(T * K), i32(T * K)
-
-
-def _backward_op(grad, grad_p, grad_lse, logits, ids, *rest):
-    *core, statistics, implementation = rest
-    config = RouterConfig.of_core(*core)
-    T, E = logits.shape
-    module = _select(logits.device, logits.dtype, octave(T), config.top_k, E, config, implementation)
-    return module.route_backward(grad, grad_p, grad_lse, logits, ids, config, statistics)
-
-
-define(
-    f"route(Tensor logits, Tensor? bias, Tensor? ids, {_CONFIG}, int num_experts, SymInt sequences, bool statistics, "
-    "str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _route, _route_fake,
-)  # fmt: skip
-define(
-    "expert_index(Tensor topk_ids, int num_experts, str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _index, _index_fake,
-)  # fmt: skip
-define(
-    f"route_backward(Tensor grad, Tensor grad_sums, Tensor grad_squares, Tensor logits, Tensor ids, {_CONFIG}, "
-    "bool statistics, str implementation) -> Tensor",
-    _backward_op,
-    lambda grad, sums, squares, logits, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
-)  # fmt: skip
-
-
-def _setup(ctx, inputs, output):
-    logits, *_ = inputs
-    ctx.save_for_backward(logits, output[1])
-    *ctx.core, _, _, ctx.statistics, ctx.implementation = inputs[3:]
-    ctx.mark_non_differentiable(*output[1:6], output[8])
-    ctx.set_materialize_grads(False)  # a loss that nobody took costs nothing
-
-
-def _backward(ctx, *grads):
-    logits, ids = ctx.saved_tensors
-    grad, sums, squares = grads[0], grads[6], grads[7]
-    if grad is None:
-        grad = logits.new_zeros(ids.shape, dtype=_weight_dtype(logits))
-    # without statistics a traced graph hands in gradients of the empty outputs
-    came = [g for g in (sums, squares) if g is not None and ctx.statistics]
-    if came:
-        S = came[0].shape[0]
-        sums = logits.new_zeros((S, logits.shape[1]), dtype=grad.dtype) if sums is None else sums.contiguous()
-        squares = logits.new_zeros((S,), dtype=grad.dtype) if squares is None else squares.contiguous()
-    else:
-        sums, squares = grad.new_empty(0), grad.new_empty(0)
-    if torch.is_grad_enabled():  # somebody will differentiate this: torch's own operations can be
-        dx = _torch.route_backward(grad, sums, squares, logits, ids, RouterConfig.of_core(*ctx.core), bool(came))
-    else:
-        dx = torch.ops.moesaic.route_backward(
-            grad.contiguous(), sums, squares, logits, ids, *ctx.core, bool(came), ctx.implementation
-        )
-    return (dx, *([None] * (len(CORE) + 6)))
-
-
-differentiable("route", _backward, _setup, twice=True)
-
-from .gate import gate, router_logits  # noqa: E402 - it builds on `route`

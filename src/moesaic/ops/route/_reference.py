@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..index._reference import tables
+from .gradients import incoming
 
-def why_not(problem) -> str | None:
+NEEDS = ""
+
+
+def why_not(problem: Any) -> str | None:
     return None
 
 
@@ -93,9 +99,10 @@ def _weights(z: Tensor, ids: list[int], config) -> Tensor:
     return out.index_copy(0, torch.tensor(live, device=z.device), w * config.scale)
 
 
-def route(logits, bias, ids, config, num_experts, sequences, statistics):
+def forward(o: Any, problem: Any) -> tuple[tuple[Tensor, ...], None]:
+    (logits, bias, ids), config, sequences = o, problem.config, problem.sequences
     T, E = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     bias = None if bias is None else bias.double().tolist()
     rows = [_transform(logits[t].double(), config) for t in range(T)]
     if ids is None:
@@ -107,10 +114,10 @@ def route(logits, bias, ids, config, num_experts, sequences, statistics):
     for t, z in enumerate(rows):
         weights[t] = _weights(z, chosen[t], config)
     ids = torch.tensor(chosen, dtype=torch.int32, device=logits.device).reshape(T, K)
-    tables = expert_index(torch.where(ids < num_experts, ids, -1), num_experts)
-    if not statistics:
+    made = tables(torch.where(ids < problem.num_experts, ids, -1), problem.num_experts)
+    if not problem.statistics:
         empty = weights.new_empty(0).to(dtype)
-        return weights.to(dtype), ids, *tables[1:], empty, empty.clone(), ids.new_empty(0)
+        return (weights.to(dtype), ids, *made[1:], empty, empty.clone(), ids.new_empty(0)), None
     p_sum = torch.zeros(sequences, E, dtype=torch.float64, device=logits.device)
     lse_sq = torch.zeros(sequences, dtype=torch.float64, device=logits.device)
     choices = torch.zeros(sequences, E, dtype=torch.int32, device=logits.device)
@@ -121,7 +128,7 @@ def route(logits, bias, ids, config, num_experts, sequences, statistics):
         for e in chosen[t]:
             if e >= 0:
                 choices[s, e] += 1
-    return weights.to(dtype), ids, *tables[1:], p_sum.to(dtype), lse_sq.to(dtype), choices
+    return (weights.to(dtype), ids, *made[1:], p_sum.to(dtype), lse_sq.to(dtype), choices), None
 
 
 def _logsumexp(z: Tensor) -> Tensor:
@@ -129,33 +136,9 @@ def _logsumexp(z: Tensor) -> Tensor:
     return torch.zeros_like(lse) if lse.item() == -math.inf else lse
 
 
-def expert_index(topk_ids: Tensor, num_experts: int):
-    T, K = topk_ids.shape
-    flat = topk_ids.reshape(-1).tolist()
-    for slot, e in enumerate(flat):
-        if not -1 <= e < num_experts:
-            raise ValueError(
-                f"Routing.from_topk: topk_ids must lie in [-1, {num_experts}), got {e} at token {slot // K}, "
-                f"choice {slot % K}; use -1 to drop a slot."
-            )
-    rows = [[slot for slot, e in enumerate(flat) if e == expert] for expert in range(num_experts)]
-    order = [slot for group in rows for slot in group]
-    index = [-1] * (T * K)
-    for row, slot in enumerate(order):
-        index[slot] = row
-    order += [slot for slot, e in enumerate(flat) if e < 0]
-    offsets = [0]
-    for group in rows:
-        offsets.append(offsets[-1] + len(group))
-
-    def i32(values):
-        return torch.tensor(values, dtype=torch.int32, device=topk_ids.device)
-
-    ids = i32(flat).reshape(T, K)
-    return ids, i32([len(group) for group in rows]), i32(offsets), i32(order), i32(index)
-
-
-def route_backward(grad, grad_p, grad_lse, logits, ids, config, statistics) -> Tensor:
+def backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
+    logits, ids, config = o.logits, saved.ids, problem.config
+    grad, grad_p, grad_lse = incoming(grads, logits, ids, problem.statistics)
     T = logits.shape[0]
     out = torch.zeros_like(logits, dtype=torch.float64)
     for t in range(T):
@@ -163,10 +146,10 @@ def route_backward(grad, grad_p, grad_lse, logits, ids, config, statistics) -> T
             row = logits[t].double().detach().requires_grad_()
             z = _transform(row, config)
             total = (_weights(z, ids[t].tolist(), config) * grad[t].double()).sum()
-            if statistics:
+            if grad_p is not None and grad_lse is not None:
                 s = t * grad_p.shape[0] // T
                 total = total + (_probabilities(z, config) * grad_p[s].double()).sum()
                 total = total + _logsumexp(z).square() * grad_lse[s].double()
             if total.requires_grad:
                 (out[t],) = torch.autograd.grad(total, row, allow_unused=True, materialize_grads=True)
-    return torch.nan_to_num(out, nan=0.0).where(logits == -math.inf, out).to(logits.dtype)
+    return {"logits": torch.nan_to_num(out, nan=0.0).where(logits == -math.inf, out).to(logits.dtype)}

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..index._torch import tables, valid
+from .gradients import incoming
 
 NEG_INF = float("-inf")
 FULL_SORT = 4096  # elements below which one sort costs less than the four operations that spare it
 
 
-def why_not(problem) -> str | None:
+NEEDS = ""
+
+
+def why_not(problem: Any) -> str | None:
     return None
 
 
@@ -114,8 +120,8 @@ def _choose(z: Tensor, scores: Tensor, bias: Tensor | None, config, sound: bool)
     return ids.masked_fill(dead, -1)
 
 
-def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_experts: int, sequences: int,
-          statistics: bool):  # fmt: skip
+def forward(o: Any, problem: Any) -> tuple[tuple[Tensor, ...], None]:
+    (logits, bias, ids), config, statistics = o, problem.config, problem.statistics
     z = _transform(logits, config)
     E = z.shape[1]
     sound = ids is None and _sound(z, bias)
@@ -124,7 +130,7 @@ def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_e
         chosen_only = config.norm_eps == config.norm_min == 0  # divided by its sum it is the softmax of the chosen
         renorm = not chosen_only
     scores = z if chosen_only else _scores(z, config.score)
-    ids = _choose(z, scores, bias, config, sound) if ids is None else _valid(ids.long(), E)
+    ids = _choose(z, scores, bias, config, sound) if ids is None else valid(ids.long(), E)
     dead = None if sound and config.policy == "topk" else ids < 0
     weights = scores.gather(1, ids if dead is None else ids.clamp_min(0))
     if chosen_only:
@@ -135,8 +141,10 @@ def route(logits: Tensor, bias: Tensor | None, ids: Tensor | None, config, num_e
         weights = weights / _norm(weights, config)
     if config.scale != 1.0:
         weights = weights * config.scale
-    tables = expert_index(ids.masked_fill(ids >= num_experts, -1) if E > num_experts else ids, num_experts)
-    return (weights, ids.int(), *tables[1:], *_statistics(z, scores, ids, config, sequences, statistics))
+    rows = problem.num_experts  # the others have none
+    made = tables(ids.masked_fill(ids >= rows, -1) if E > rows else ids, rows)
+    sums, ids = _statistics(z, scores, ids, config, problem.sequences, statistics), ids.int()
+    return (weights, ids, *made[1:], *sums), None
 
 
 def _norm(weights: Tensor, config) -> Tensor:
@@ -146,11 +154,6 @@ def _norm(weights: Tensor, config) -> Tensor:
     if config.norm_eps:
         total = total + config.norm_eps
     return total.masked_fill(total == 0, 1.0)  # no expert was chosen
-
-
-def _valid(ids: Tensor, num_experts: int) -> Tensor:
-    """What is not an expert is -1."""
-    return ids.masked_fill((ids < 0) | (ids >= num_experts), -1)
 
 
 def _statistics(z: Tensor, scores: Tensor, ids: Tensor, config, sequences: int, wanted: bool):
@@ -173,51 +176,16 @@ def _logsumexp(z: Tensor, dim: int | None = None) -> Tensor:
     return lse.masked_fill(lse == NEG_INF, 0.0)
 
 
-# ---------------------------------------------------------------- index tables
-def expert_index(topk_ids: Tensor, num_experts: int):
-    if topk_ids.device.type == "cpu":
-        return _cpu_tables(topk_ids, num_experts)
-    return _tables(_valid(topk_ids, num_experts).int(), num_experts)  # raising would have to wait for the device
-
-
-def _cpu_tables(topk_ids: Tensor, num_experts: int):
-    """The tables through numpy, whose small operations cost a quarter of torch's: decode feels it."""
-    ids = topk_ids.numpy()
-    if ids.size and (ids.min() < -1 or ids.max() >= num_experts):  # before 64 bits become 32
-        t, k = np.argwhere((ids < -1) | (ids >= num_experts))[0].tolist()
-        raise ValueError(
-            f"Routing.from_topk: topk_ids must lie in [-1, {num_experts}), got {ids[t, k]} at token {t}, choice {k}; "
-            "use -1 to drop a slot."
-        )
-    ids = ids.astype(np.int32, copy=True, order="C")
-    flat = ids.reshape(-1)
-    key = flat % (num_experts + 1)  # -1 becomes E: dropped slots sort last
-    order = key.astype(np.int16).argsort(kind="stable") if num_experts < 2**15 else key.argsort(kind="stable")
-    counts = np.bincount(key, minlength=num_experts + 1)[:num_experts]
-    offsets = np.zeros(num_experts + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    live = int(offsets[-1])
-    index = np.full(flat.size, -1, np.int32)
-    index[order[:live]] = np.arange(live, dtype=np.int32)
-    tables = (ids, counts.astype(np.int32), offsets, order.astype(np.int32), index)
-    return tuple(torch.from_numpy(t) for t in tables)
-
-
-def _tables(ids: Tensor, num_experts: int):
-    flat = ids.reshape(-1)
-    key = torch.where(flat < 0, num_experts, flat)
-    by_expert, order = torch.sort(key, stable=True)
-    bounds = torch.arange(num_experts + 1, dtype=key.dtype, device=key.device)
-    offsets = torch.searchsorted(by_expert, bounds, out_int32=True)
-    index = torch.empty_like(flat)
-    index[order] = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
-    index = torch.where(flat < 0, -1, index)
-    return ids.contiguous(), offsets.diff(), offsets, order.int(), index
-
-
 # ---------------------------------------------------------------- backward
-def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tensor, ids: Tensor, config,
-                   statistics: bool) -> Tensor:  # fmt: skip
+def backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
+    came = incoming(grads, o.logits, saved.ids, problem.statistics)
+    return {"logits": gradient(*came, o.logits, saved.ids, problem.config)}
+
+
+def gradient(
+    grad: Tensor, grad_p: Tensor | None, grad_lse: Tensor | None, logits: Tensor, ids: Tensor, config: Any
+) -> Tensor:
+    """In operations that can be differentiated again."""
     z = _transform(logits, config)
     dead, index = ids < 0, ids.long().clamp_min(0)
     g = (grad.to(z.dtype) * config.scale).masked_fill(dead, 0.0)
@@ -240,7 +208,7 @@ def route_backward(grad: Tensor, grad_p: Tensor, grad_lse: Tensor, logits: Tenso
                 drag = drag.masked_fill(chosen.sum(-1, keepdim=True) < config.norm_min, 0.0)
             g = ((g - drag) / norm).masked_fill(dead, 0.0)
         ds = torch.zeros_like(z).scatter_add_(1, index, g)
-    if statistics:
+    if grad_p is not None and grad_lse is not None:
         each = z.shape[0] // grad_p.shape[0]
         gp = grad_p.to(z.dtype).repeat_interleave(each, 0)
         p = _probabilities(z, z if config.order == "post" else scores, config)

@@ -1,4 +1,4 @@
-"""Kernels of the router: from logits to choices, weights, places and loss sums in one pass; from hidden states too.
+"""Kernels of the router: from logits to choices, weights, places and loss sums in one pass.
 
 Legend: a *lane* holds one expert; with groups, lanes are padded so that each group has a power of two of them. All
 of a token's values live in one layout, a row of lanes, because a change of layout costs more than idle lanes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...hardware import tl, triton
 from ...launch import Kernel, follow
-from ._triton_index import places, range_of, starts, takers
+from ..index._triton import places, range_of, starts, takers
 from ._triton_scores import (
     NAN_KEY,
     NEG_INF,
@@ -174,60 +174,6 @@ def route_kernel(
         E, K, K_POW2, GROUPS, GROUP_LANES, LANES, KEPT, TOP2, MASK_VALUE, SCORE, POST, RENORM, EPS, MIN, SCALE,
         MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT, PIECE,
     )  # fmt: skip
-
-
-@Kernel
-@triton.jit(do_not_specialize=["T"])
-def gate_route_kernel(
-    x_ptr, w_ptr, logit_bias_ptr, partial_ptr, arrived_ptr, logits_ptr,
-    bias_ptr, weights_ptr, ids_ptr, tokens_ptr, offsets_ptr, order_ptr, index_ptr,
-    stride_x, stride_w, T,
-    H: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr,
-    E: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP_LANES: tl.constexpr, LANES: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    MASK_VALUE: tl.constexpr, SCORE: tl.constexpr, POST: tl.constexpr, RENORM: tl.constexpr, EPS: tl.constexpr,
-    MIN: tl.constexpr, SCALE: tl.constexpr, MULTIPLIER: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ON_LOGITS: tl.constexpr, RAGGED: tl.constexpr, THRESHOLD: tl.constexpr, STATISTICS: tl.constexpr,
-    SINGLE: tl.constexpr, BT: tl.constexpr, PIECE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Few tokens from hidden states to tables: every program multiplies a piece of W, the last to finish routes.
-
-    `arrived` counts the programs and is zero again at the end. The pieces' sums are added in their order, whoever adds.
-    """
-    follow(OVERLAP)
-    e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    t = tl.arange(0, BT)
-    acc = tl.zeros((BT, BLOCK_N), tl.float32)
-    for k in range(split * SPLIT, tl.minimum(H, split * SPLIT + SPLIT), BLOCK_K):
-        h = k + tl.arange(0, BLOCK_K)
-        inside = h < tl.minimum(H, split * SPLIT + SPLIT)
-        x = tl.load(x_ptr + t.to(tl.int64)[:, None] * stride_x + h[None, :],
-                    mask=(t < T)[:, None] & inside[None, :], other=0.0)  # fmt: skip
-        w = tl.load(w_ptr + e.to(tl.int64)[None, :] * stride_w + h[:, None],
-                    mask=(e < E)[None, :] & inside[:, None], other=0.0)  # fmt: skip
-        acc = tl.dot(x, w, acc)
-    tl.store(partial_ptr + (split * T + t[:, None]) * E + e[None, :], acc, mask=(t < T)[:, None] & (e < E)[None, :])
-    tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLITS * TILES - 1:
-        tl.debug_barrier()
-        tl.store(arrived_ptr, 0)
-        lane = tl.arange(0, LANES)
-        whole = (t < T)[:, None] & (lane < E)[None, :]
-        logits = tl.zeros((BT, LANES), tl.float32)
-        for s in range(SPLITS):
-            logits += tl.load(partial_ptr + (s * T + t[:, None]) * E + lane[None, :], mask=whole, other=0.0)
-        if HAS_LOGIT_BIAS:
-            logits += tl.load(logit_bias_ptr + lane, mask=lane < E, other=0.0).to(tl.float32)[None, :]
-        tl.store(logits_ptr + t[:, None] * E + lane[None, :], logits, mask=whole)
-        tl.debug_barrier()
-        route_range(
-            logits_ptr, bias_ptr, weights_ptr, ids_ptr, None, None, None, None,
-            tokens_ptr, offsets_ptr, order_ptr, index_ptr, E, 0, 0, T,
-            E, K, K_POW2, GROUPS, GROUP_LANES, LANES, KEPT, TOP2, MASK_VALUE, SCORE, POST, RENORM, EPS, MIN, SCALE,
-            MULTIPLIER, CAP, HAS_BIAS, ON_LOGITS, RAGGED, THRESHOLD, STATISTICS, SINGLE, BT, PIECE,
-        )  # fmt: skip
 
 
 @Kernel

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import check_choice
 
@@ -21,12 +21,25 @@ GROUP_SCORES = ("max", "top2_sum")
 NOISES = ("none", "gaussian", "jitter", "noisy_topk", "gumbel")
 DROPS = ("position", "choice", "probability")
 
-# the fields that the private operator runs, with their types in its schema; the others are composed around it
-CORE = dict(
-    top_k="int", policy="str", threshold="float", score="str", order="str", multiplier="float", soft_cap="float",
-    bias_on="str", norm_eps="float", norm_min="float", scale="float", num_groups="int", topk_groups="int",
-    group_score="str", group_mask_value="float",
-)  # fmt: skip
+
+class Core(NamedTuple):
+    """The fields that the private operator runs; the others are composed around it."""
+
+    top_k: int
+    policy: str
+    threshold: float
+    score: str
+    order: str
+    multiplier: float
+    soft_cap: float
+    bias_on: str
+    norm_eps: float
+    norm_min: float
+    scale: float
+    num_groups: int
+    topk_groups: int
+    group_score: str
+    group_mask_value: float
 
 
 @dataclass(frozen=True)
@@ -162,11 +175,11 @@ class RouterConfig:
         capacity = self.capacity_factor is not None or self.eval_capacity_factor is not None
         return kernel and not extras and not capacity
 
-    def core(self) -> tuple:
-        """What the private operator runs, as plain values in the order of `CORE`: choice and plain weights."""
+    def core(self) -> Core:
+        """What the private operator runs: choice and plain weights."""
         later, ragged = self.weights_later, self.policy in RAGGED
         scale = 1.0 if later or self.straight_through else self.scale / (self.top_k if self.divide_by_k else 1)
-        return (
+        return Core(
             self.top_k, self.policy if ragged else "topk", self.threshold if ragged else 0.0, self.score,
             "pre" if later else self.order, self.multiplier, self.soft_cap, self.bias_on, self.norm_eps, self.norm_min,
             scale, self.num_groups, self.topk_groups, self.group_score, self.group_mask_value,
@@ -174,9 +187,9 @@ class RouterConfig:
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
-    def of_core(*values) -> RouterConfig:
-        """The configuration whose `core()` is `values`."""
-        return RouterConfig(**dict(zip(CORE, values, strict=True)))
+    def of_core(core: Core) -> RouterConfig:
+        """The configuration whose `core()` that is."""
+        return RouterConfig(**core._asdict())
 
     def capacity(self, num_tokens: int, num_experts: int, training: bool) -> int | None:
         """Slots that each expert keeps, or None without a factor for this mode.

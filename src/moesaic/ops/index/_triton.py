@@ -1,14 +1,143 @@
-"""Kernels of the index tables: number the slots of a range, count them, and place them.
+"""`expert_index` in Triton: number the slots of each range and count them, then place them; one launch for few.
+
+The slots are cut into ranges, one a program. The first launch numbers each slot among the earlier slots of its expert
+in its range and counts the range's slots by expert; the second adds what stands before: the experts' starts and the
+earlier ranges' counts. Slots that fit one range need the first launch alone.
 
 Legend: a *lane* holds one expert; a slot's *place* counts the slots of its expert that stand before it in its range.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from ...hardware import tl, triton
-from ...launch import Kernel, follow
+from ...launch import Bound, Kernel, ceil_div, follow, pow2
+
+NEEDS = "triton"
+MAX_EXPERTS = 1024
+SMS = 132
+BLOCK = 128  # slots that are compared each with each
 
 
+def why_not(problem: Any) -> str | None:
+    if problem.num_experts > MAX_EXPERTS:
+        return f"needs at most {MAX_EXPERTS} experts, got {problem.num_experts}"
+    return None
+
+
+def forward(o: Any, problem: Any) -> tuple[tuple[Tensor, ...], None]:
+    return tables_of(o.topk_ids, problem.num_experts), None
+
+
+def tables_of(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    """The ids in int32 and their four tables."""
+    given = topk_ids.contiguous()
+    total, ids = given.numel(), empty(given, *given.shape)
+    if total == 0:
+        tables = Tables(ids, 0, num_experts, _cut_slots(1))
+        return ids, tables.tokens.zero_(), tables.offsets.zero_(), tables.order, tables.index
+    cut = _cut_slots(total)
+    tables = Tables(ids, total, num_experts, cut)
+    pointers = (given, ids, tables.places, tables.counts, *tables.pointers)
+    _count(num_experts, cut.single, cut.block)((cut.programs, 1, 1), pointers, (), (total, cut.per_range))
+    tables.finish(ids)
+    return ids, *tables.pointers
+
+
+# ---------------------------------------------------------------- how slots are cut
+@dataclass(frozen=True)
+class Cut:
+    """How T tokens of S equal sequences are cut: `programs` ranges of up to `per_range` tokens, `block` at a time."""
+
+    per_sequence: int
+    ranges: int  # of a sequence
+    per_range: int
+    programs: int
+    block: int
+    num_warps: int
+    piece: int = 32
+
+    @property
+    def single(self) -> bool:
+        return self.programs == 1 and self.per_range <= self.block
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        return self.per_sequence, self.ranges, self.per_range
+
+    def of_slots(self, top_k: int) -> Cut:
+        """The same in slots."""
+        return replace(
+            self, per_sequence=self.per_sequence * top_k, per_range=self.per_range * top_k, block=self.block * top_k
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut_slots(total: int) -> Cut:
+    per_range = max(1, ceil_div(ceil_div(total, SMS), BLOCK)) * BLOCK
+    ranges = ceil_div(total, per_range)
+    block = BLOCK if ranges > 1 else max(16, pow2(total))
+    return Cut(total, ranges, per_range if ranges > 1 else total, ranges, block, 4)
+
+
+def lanes_of(E: int, groups: int = 1) -> tuple[int, int]:
+    """Lanes of a group and of all, at least 16: four threads a row."""
+    size = pow2(E // groups)
+    return max(size, 16 // pow2(groups)), max(size, 16 // pow2(groups)) * pow2(groups)
+
+
+@functools.lru_cache(maxsize=1024)
+def _count(E: int, single: bool, block: int) -> Bound:
+    warps = 8 if block == BLOCK else 4
+    return count_kernel.bind(E=E, LANES=lanes_of(E)[1], SINGLE=single, BLOCK=block, num_warps=warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _index(E: int, chunk: int, block: int, each: int) -> Bound:
+    lanes = lanes_of(E)[1]
+    warps = 16 if max(chunk * lanes, block * 8) > 8192 else 8
+    return index_kernel.bind(E=E, LANES=lanes, CHUNK=chunk, BLOCK=block, EACH=each, num_warps=warps)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return like.new_empty(*shape) if like.dtype == dtype else like.new_empty(shape, dtype=dtype)
+
+
+class Tables:
+    """The index tables' memory, and what passes from the first launch to the second; `cut` is one of slots.
+
+    An operator's results may share no memory, so each is an allocation of its own.
+    """
+
+    def __init__(self, ids: Tensor, total: int, E: int, cut: Cut, statistics: bool = False):
+        self.E, self.cut = E, cut
+        new = ids.new_empty
+        self.tokens, self.offsets, self.order, self.index = new(E), new(E + 1), new(total), new(total)
+        self.places = None if cut.single else new(total)
+        self.counts = None if cut.single and not statistics else new(cut.programs * (E + 1))
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.offsets, self.order, self.index
+
+    def finish(self, ids: Tensor) -> None:
+        """The second launch, where one is needed."""
+        cut = self.cut
+        if not cut.single:
+            each = ceil_div(cut.programs, SMS)
+            chunk = max(1, min(16384 // lanes_of(self.E)[1], pow2(cut.programs)))
+            bound = _index(self.E, chunk, min(2048, max(16, pow2(cut.per_range))), each)
+            pointers = (ids, self.places, self.counts, *self.pointers)
+            bound((ceil_div(cut.programs, each), 1, 1), pointers, (), (*cut.numbers, cut.programs))
+
+
+# ---------------------------------------------------------------- kernels
 @triton.jit
 def range_of(program, per_sequence, ranges, per_range):
     """`(begin, end)` of a program's range; every sequence has `ranges` of them."""

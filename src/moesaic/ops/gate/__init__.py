@@ -5,18 +5,49 @@ Legend: T tokens, H hidden, E columns of the logits (experts).
 
 from __future__ import annotations
 
+import importlib
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...errors import check_same, check_shape
-from ...guards import eager, watch
-from ...op import forced
-from ...problem import define, differentiable
+from ...guards import eager
+from ...hardware import gpu_of, triton_why_not
+from ...op import Op, Place, forced
 from ...routing import Routing
-from . import _select, _weight_dtype, route
-from .config import RouterConfig
+from ..route import RouterConfig, route
+
+__all__ = ["gate", "router_logits"]
 
 FEW_TOKENS = 16  # one tile of the product
+
+
+class Operands(NamedTuple):
+    x: Tensor
+    weight: Tensor
+
+
+class Options(NamedTuple):
+    pass
+
+
+class Outputs(NamedTuple):
+    logits: Tensor
+
+
+class RouterLogitsProblem(Place):
+    """What choosing depends on: nothing but the place yet."""
+
+
+def _fake(o: Operands, options: Options) -> Outputs:
+    return Outputs(o.x.new_empty(o.x.shape[0], o.weight.shape[0], dtype=torch.promote_types(o.x.dtype, torch.float32)))
+
+
+OP = Op(
+    "router_logits", __name__, ("torch", "reference"), operands=Operands, options=Options, outputs=Outputs,
+    problem=RouterLogitsProblem, describe=(("dtype",), lambda o, options: (o.x.dtype,)), fake=_fake,
+)  # fmt: skip
 
 
 def router_logits(
@@ -41,8 +72,8 @@ def router_logits(
     Source: the fp32 router of GShard and Switch; the bf16-in, fp32-out product of vLLM's gate.
     """
     _check("router_logits", x, weight, "bias", bias)
-    watch("router_logits", x, weight, bias)
-    logits = torch.ops.moesaic.router_logits(x, weight, forced(implementation))
+    name = forced(implementation)  # whoever forces Triton's kernels gets torch's product with them
+    logits = OP(Operands(x, weight), Options(), name if name in OP.implementations else "torch").logits
     return logits if bias is None else logits + bias.to(logits.dtype)
 
 
@@ -75,15 +106,15 @@ def gate(
     usual = {"sequences": 1}
     given = {n: v for n, v in options.items() if v is not None and v is not False and v != usual.get(n)}
     if not keeps and not given and x.is_cuda and config.plain and eager(tensors) and 0 < x.shape[0] <= FEW_TOKENS:
-        E, core = weight.shape[0], RouterConfig.of_core(*config.core())
-        config.check(E, "gate")
+        config.fits(weight.shape[0], "gate")
         if bias is not None:
-            check_shape("gate", "bias", bias, (E,))
+            check_shape("gate", "bias", bias, (weight.shape[0],))
             check_same("gate", "device", "x", x.device, bias=bias.device)
-        module = _select(x.device, x.dtype, x.shape[0], core.top_k, E, core, forced(implementation))
-        if hasattr(module, "gate_route") and module.gate_why_not(x, weight) is None:
-            logits, *made = module.gate_route(x, weight, logit_bias, bias, core)
-            return Routing(*made, logits=logits, config=config)
+        if forced(implementation) in ("", "triton") and triton_why_not("cuda", gpu_of(x.device).arch) is None:
+            kernels = importlib.import_module("._triton", __name__)  # which imports triton
+            if kernels.why_not(x, weight) is None:
+                logits, *made = kernels.route_few(x, weight, logit_bias, bias, RouterConfig.of_core(config.core()))
+                return Routing(*made, logits=logits, config=config)
     logits = router_logits(x, weight, logit_bias, implementation=implementation)
     return route(logits, config, bias=bias, implementation=implementation, **options)
 
@@ -99,72 +130,3 @@ def _check(who: str, x: Tensor, weight: Tensor, name: str, bias: Tensor | None) 
         check_same(who, "device", "x", x.device, **{name: bias.device})
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"{who}: x and weight must be floating point, got {x.dtype} and {weight.dtype}; convert them.")
-
-
-# ---------------------------------------------------------------- private operators
-def _half(x: Tensor, weight: Tensor) -> bool:
-    """Both in the same half precision, on a device whose product can widen its result."""
-    return x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of half-precision operands with an fp32 result."""
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _logits(x: Tensor, weight: Tensor, implementation: str) -> Tensor:
-    if implementation == "reference":
-        return (x.double() @ weight.double().mT).to(_weight_dtype(x))
-    if _half(x, weight):
-        return _product(x, weight.mT)
-    return x.to(_weight_dtype(x)) @ weight.to(_weight_dtype(x)).mT
-
-
-def _logits_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], implementation: str):
-    dx = dw = grad.new_empty(0)
-    if implementation == "reference":
-        grad, wide_x, wide_w = grad.double(), x.double(), weight.double()
-    elif _half(x, weight):
-        high = grad.to(x.dtype)
-        low = (grad - high.to(grad.dtype)).to(x.dtype)
-        if needs[0]:
-            dx = (_product(high, weight) + _product(low, weight)).to(x.dtype)
-        if needs[1]:
-            dw = (_product(high.mT, x) + _product(low.mT, x)).to(weight.dtype)
-        return dx, dw
-    else:
-        wide_x, wide_w = x.to(grad.dtype), weight.to(grad.dtype)
-    if needs[0]:
-        dx = (grad @ wide_w).to(x.dtype)
-    if needs[1]:
-        dw = (grad.mT @ wide_x).to(weight.dtype)
-    return dx, dw
-
-
-define(
-    "router_logits(Tensor x, Tensor weight, str implementation) -> Tensor", _logits,
-    lambda x, weight, _: x.new_empty(x.shape[0], weight.shape[0], dtype=_weight_dtype(x)),
-)  # fmt: skip
-define(
-    "router_logits_backward(Tensor grad, Tensor x, Tensor weight, bool[] needs, str implementation) "
-    "-> (Tensor, Tensor)", _logits_backward,
-    lambda grad, x, weight, needs, _: (
-        x.new_empty(x.shape) if needs[0] else grad.new_empty(0),
-        weight.new_empty(weight.shape) if needs[1] else grad.new_empty(0),
-    ),
-)  # fmt: skip
-
-
-def _setup(ctx, inputs, output):
-    x, weight, ctx.implementation = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
-    dx, dw = torch.ops.moesaic.router_logits_backward(grad.contiguous(), x, weight, needs, ctx.implementation)
-    return dx if needs[0] else None, dw if needs[1] else None, None
-
-
-differentiable("router_logits", _backward, _setup)
