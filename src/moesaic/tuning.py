@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, apply
+from .activations import ACTIVATIONS
+from .bench.products import LayerOperands, Operands, microseconds, products_of
 from .cases import Case
 from .errors import Unsupported
-from .hardware import Gpu, gpu_of, triton_why_not
+from .hardware import Gpu, gpu_of, interpreting, triton_why_not
 from .launcher import dry
 from .ops.fused_experts import fused_experts
 from .routing import Routing
-from .testing import failure
 
 LEAD = 1.02  # what a way must be ahead of the others of its table to have a place in it
 PRICE = 1.5  # what the model may ask for a way that is tried, over its cheapest
@@ -153,8 +153,10 @@ def tune(
 ) -> Path:  # fmt: skip
     """Time the ways to make the products of these layers, and write the fastest.
 
-    A way that the model prices at more than PRICE times its cheapest is not tried. What runs is captured in a CUDA
-    graph, so that the host's time does not count. Rows are spread evenly.
+    A way that the model prices at more than PRICE times its cheapest is not tried. Each product is timed alone, and
+    then the few fastest within the layer: there a product begins while the one before it ends, and what that gains or
+    loses hangs on both. What runs is captured in a CUDA graph, so that the host's time does not count. Rows are spread
+    evenly.
 
     Args:
         cases: layer shapes, e.g. from `moesaic.cases.CASES.values()`.
@@ -178,12 +180,20 @@ def tune(
     known = json.loads(path.read_text()) if path.is_file() else {"gpu": gpu.name, "products": {}}
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for case, _ in zip(cases, pool.map(_prepare, cases, [gpu] * len(cases)), strict=True):
-            for spec, sorts in _products(case, gpu):
-                key, rows = products.tuned_key(spec), {}
-                for octave in _octaves(spec, case.top_k):
-                    rows[octave] = _times(spec, sorts, case.top_k, octave, here)
+            (up, _), (down, _) = specs = products_of(case, gpu)
+            measured: list[dict[int, Any]] = [
+                {octave: _times(spec, sorts, case.top_k, octave, here) for octave in _octaves(spec, case.top_k)}
+                for spec, sorts in specs
+            ]
+            layer = LayerOperands(case, gpu, here)
+            for octave in measured[0]:
+                layer.judge(octave, measured[0][octave], measured[1][octave])
+            del layer
+            for spec, rows in zip((up, down), measured, strict=True):
+                key = products.tuned_key(spec)
+                for octave, ways in rows.items():
                     if record is not None:
-                        _append(record, dict(gpu=gpu.name, product=key, rows_per_expert=octave, ways=rows[octave]))
+                        _append(record, dict(gpu=gpu.name, product=key, rows_per_expert=octave, ways=ways))
                 known["products"][key] = table(rows)
             known["date"] = date.today().isoformat()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,10 +208,14 @@ def tune(
 def table(rows: dict[int, list[dict[str, Any]]]) -> dict[str, list[Any]]:
     """A product's entry in a tuned file: the fastest way for its rows an expert, out of as few ways as lose under 2%.
 
-    `rows` maps rows an expert to ways and their measured µs. Each way is a kernel to compile, so that one that gains
-    little over another of the table is left out.
+    `rows` maps rows an expert to ways and their measured µs, those `in_layer` where there are. Each way is a kernel to
+    compile, so that one that gains little over another of the table is left out.
     """
-    times = {octave: {tuple(way["way"]): way["us"] for way in ways} for octave, ways in rows.items() if ways}
+    times: dict[int, dict[tuple[Any, ...], float]] = {}
+    for octave, ways in rows.items():
+        judged = [way for way in ways if "in_layer" in way] or ways
+        if judged:
+            times[octave] = {tuple(way["way"]): way.get("in_layer", way["us"]) for way in judged}
     best = {octave: min(ways.values()) for octave, ways in times.items()}
     serves: dict[tuple[Any, ...], set[int]] = {}
     for octave, ways in times.items():
@@ -229,14 +243,6 @@ def _append(record: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _products(case: Case, gpu: Gpu) -> list[tuple[Any, bool]]:
-    """Both products of a layer in bf16, and whether gathered rows may be sorted first."""
-    layer = importlib.import_module("moesaic.ops.fused_experts")
-    experts = importlib.import_module("moesaic.ops.fused_experts._triton")
-    problem = layer.FusedExpertsProblem(gpu=gpu, **case.problem(64, torch.bfloat16, "cuda"))
-    return list(zip(experts._contiguous(problem), (True, False), strict=True))
-
-
 def _octaves(spec: Any, top_k: int) -> list[int]:
     """Rows an expert, in powers of two, that up to TOKENS tokens give; 0 is less than one."""
     return [0, *(o for o in (2**n for n in range(16)) if top_k <= o * spec.experts <= TOKENS * top_k)]
@@ -253,109 +259,28 @@ def _ways(spec: Any, sorts: bool, rows: int) -> dict[Any, float]:
 def _prepare(case: Case, gpu: Gpu) -> int:
     """Compile what timing a case will launch, in a process of its own; the operands' memory is never touched."""
     with dry() as pending:
-        for spec, sorts in _products(case, gpu):
+        for spec, sorts in products_of(case, gpu):
             tried: dict[Any, float] = {}
             for octave in _octaves(spec, case.top_k):
                 tried |= _ways(spec, sorts, octave * spec.experts or case.top_k)
-            operands = _Operands(spec, 1, case.top_k, torch.device("cpu"), blank=True)
+            operands = Operands(spec, 1, case.top_k, torch.device("cpu"), blank=True)
             for way in tried:
                 operands.call(way)()
-    pending.compile()
+    if not interpreting():
+        pending.compile()
     return len(pending.requests)
 
 
 def _times(spec: Any, sorts: bool, top_k: int, octave: int, device: torch.device) -> list[dict[str, Any]]:
     """Each way's µs beside the model's, the model's choice first. Less than a row an expert is one token."""
     rows = octave * spec.experts or top_k
-    operands, times = _Operands(spec, rows // top_k, top_k, device), []
+    operands, times = Operands(spec, rows // top_k, top_k, device), []
     products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")
     for way, model in _ways(spec, sorts, rows).items():
         run = operands.call(way)
         if (reason := operands.wrong(run())) is None:
-            us = _microseconds(run, operands.batches)
+            us = microseconds(run, operands.batches)
             times.append(dict(way=products.tuned_values(way), model_us=round(model, 2), us=round(us, 2)))
         else:
             print(f"tune: {spec}: {way} is wrong: {reason}", file=sys.stderr)
     return times
-
-
-class _Operands:
-    """The operands of one product in even routing, and what it should give."""
-
-    batches = 4  # routings in turn: with few tokens each reads other experts, as layer after layer does
-
-    def __init__(self, spec: Any, tokens: int, top_k: int, device: torch.device, blank: bool = False):
-        self.spec, E = spec, spec.experts
-        g = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            if blank:
-                return torch.empty(shape, dtype=spec.dtype, device=device)
-            return torch.randn(shape, generator=g, device=device, dtype=spec.dtype)
-
-        ids = [torch.rand(tokens, E, generator=g, device=device).topk(top_k, -1).indices for _ in range(self.batches)]
-        self.routings = [Routing.from_topk(None, i, E) for i in ids]
-        self.x = draw(tokens if spec.top_k else tokens * top_k, spec.K)
-        w = draw(*((E, spec.K, spec.width) if spec.input_major else (E, spec.width, spec.K)))
-        self.w = w.mT if spec.input_major else w
-        if not blank:
-            w.mul_(spec.K**-0.5)
-        self.bias = draw(E, spec.width) if spec.epilogue.bias else None
-        self.want: Tensor | None = None
-
-    def call(self, choice: Any) -> Callable[..., Tensor]:
-        schedule = importlib.import_module("moesaic.ops.grouped_matmul.gpu.schedule")
-        moving = importlib.import_module("moesaic.ops.permute._triton")
-        products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")
-        gemm, top_k = products.make(self.spec.any_rows, choice), self.spec.top_k
-
-        def run(n: int = 0) -> Tensor:
-            r = self.routings[n]
-            table = schedule.TileTable(r.expert_offsets, r.row_order.shape[0])
-            x = moving.spread(self.x, r.row_index, top_k) if choice.sorts else self.x
-            return gemm(x, self.w, table, r.row_order if gemm.spec.top_k else None, self.bias)
-
-        return run
-
-    def wrong(self, out: Tensor) -> str | None:
-        """Against the first expert with rows, in fp64: tiles differ in where experts end, not in what they add."""
-        ends = self.routings[0].expert_offsets.tolist()
-        e = next(e for e in range(self.spec.experts) if ends[e + 1] > ends[e])
-        some = slice(ends[e], min(ends[e + 1], ends[e] + 512))
-        if self.want is None:
-            self.want = self._oracle(e, some)
-        return failure(out[some], self.want, self.spec.K, 2)
-
-    def _oracle(self, e: int, some: slice) -> Tensor:
-        rows = self.routings[0].row_order[some].long() // self.spec.top_k if self.spec.top_k else some
-        h = self.x[rows].double() @ self.w[e].double().T
-        h = h if self.bias is None else h + self.bias[e].double()
-        epilogue = self.spec.epilogue
-        if not epilogue.activation:
-            return h
-        act = ACTIVATIONS[epilogue.activation].with_constants(epilogue.alpha, epilogue.limit)
-        return apply(act, h, epilogue.interleaved)
-
-
-def _microseconds(run: Callable[..., Tensor], batches: int, repeats: int = 7) -> float:
-    """Median on the device's clock, of replays of a graph that runs each batch once, or often where that is short."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-        begin.record()
-        run()
-        end.record()
-    end.synchronize()
-    calls = batches * max(1, min(8, round(0.3 / batches / begin.elapsed_time(end))))
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, stream=stream):
-        for n in range(calls):
-            run(n % batches)
-    for _ in range(repeats + 1):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / calls)
-    return sorted(times[1:])[repeats // 2]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moesaic import Routing, fused_experts, grouped_matmul, launch, permute, route, unpermute
+from moesaic import Routing, fused_experts, grouped_matmul, launcher, permute, route, unpermute
 from moesaic.bench import timing
 from moesaic.cases import CASES
 from moesaic.testing import STAGES, assert_close, make_inputs
@@ -78,7 +78,7 @@ def test_cuda_graph(olmoe):
 
 @pytest.mark.parametrize("tokens", [1, 16, 300, 3000])
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
-def test_overlapping_launches(tokens, captured, monkeypatch):
+def test_overlapping_launches(tokens, captured):
     """Layers in a row, each on the result of the one before it, among copies, fills and others' kernels: the bits that
     launches give which wait for each other."""
     inputs = make_inputs(CASES["olmoe"].small(512, 256, 16), tokens, torch.bfloat16, "cuda")
@@ -96,14 +96,14 @@ def test_overlapping_launches(tokens, captured, monkeypatch):
         return x.clone()
 
     def run(overlap: bool):
-        monkeypatch.setattr(launch, "OVERLAP", overlap)
-        chain()  # compiled
-        if not captured:
-            return [chain() for _ in range(5)]
-        torch.cuda.synchronize()
-        graph, out = torch.cuda.CUDAGraph(), []
-        with torch.cuda.graph(graph):
-            y = chain()
+        with launcher.overlap(overlap):
+            chain()  # compiled
+            if not captured:
+                return [chain() for _ in range(5)]
+            torch.cuda.synchronize()
+            graph, out = torch.cuda.CUDAGraph(), []
+            with torch.cuda.graph(graph):
+                y = chain()
         for _ in range(5):
             graph.replay()
             out.append(y.clone())
@@ -159,20 +159,26 @@ def test_offsets_past_two_to_the_31():
 
 
 def test_host_time():
-    """A call costs the host less than a launch-bound decode step can hide: under 60 µs."""
+    """A call costs the host little: under 60 µs, or on a slower host what a dozen of torch's own products cost it."""
     inputs = make_inputs(CASES["olmoe"].small(256, 128, 16), 4, torch.bfloat16, "cuda")
     args = inputs.arguments()
-    with torch.no_grad():
+
+    def host(call) -> float:
         for _ in range(20):
-            fused_experts(**args, implementation="triton")
+            call()
         best = float("inf")
         for _ in range(20):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(20):
-                fused_experts(**args, implementation="triton")
+                call()
             best = min(best, (time.perf_counter() - start) / 20)
-    assert best < 60e-6, f"{best * 1e6:.1f} µs"
+        return best * 1e6
+
+    with torch.no_grad():
+        ours = host(lambda: fused_experts(**args, implementation="triton"))
+        theirs = host(lambda: torch.mm(inputs.x, inputs.w_gate_up[0].mT))
+    assert ours < max(60, 12 * theirs), f"{ours:.1f} µs; torch.mm {theirs:.1f} µs"
 
 
 @pytest.mark.parametrize("clocks", timing.PROTOCOLS)

@@ -199,3 +199,26 @@ def test_a_table_keeps_few_ways():
     rows = {r: [dict(way=[name], us=us) for name, us in zip("abc", times, strict=True)] for r, times in ways.items()}
     assert tuning.table(rows) == {"1": ["b"], "2": ["b"], "4": ["b"], "8": ["c"]}
     assert tuning.table({1: []}) == {}
+
+
+def test_tune_writes_what_choice_reads(monkeypatch, tmp_path):
+    """Of a small layer, with a clock that finds each new way faster than the one before it."""
+    if not hardware.interpreting():
+        pytest.skip("in the interpreter, where the clock is replaced")
+    clock = iter(range(100000, 0, -1))
+
+    def count(run, batches, repeats=7):
+        assert run(batches - 1).isfinite().all()
+        return float(next(clock))
+
+    monkeypatch.setattr(tuning, "microseconds", count)
+    monkeypatch.setattr(tuning.LayerOperands, "clock", staticmethod(count))
+    monkeypatch.setattr(tuning, "TOKENS", 16)
+    case, record = Case("tiny", 64, 32, 4, 2), tmp_path / "record.jsonl"
+    path = moesaic.tune([case], device="cpu", folder=tmp_path, record=record)
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    products = json.loads(path.read_text())["products"]
+    assert len(products) == 2 and {row["product"] for row in rows} == set(products)
+    for row in rows:
+        assert str(row["rows_per_expert"]) in products[row["product"]]
+        assert any("in_layer" in way for way in row["ways"])

@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -185,11 +186,16 @@ def measured(spec: GemmSpec, sorts: bool, forced: str = "") -> Choice | None:
     way = tuned(spec.gpu.name).get(tuned_key(spec), {}).get(spec.octave) if spec.half else None
     if way is None:
         return None
-    name, sort, *numbers = way
-    made = spec.in_order() if sort else spec
-    refused = (sort and not sorts) or name != (forced or name) or why_not(name, made) is not None
-    config = Config(*numbers)
-    return None if refused or config not in kernel(name).candidates(made) else Choice(name, config, sort)
+    choice = choice_of(way)
+    made, name = spec.in_order() if choice.sorts else spec, choice.kernel
+    refused = (choice.sorts and not sorts) or name != (forced or name) or why_not(name, made) is not None
+    return None if refused or choice.config not in kernel(name).candidates(made) else choice
+
+
+def choice_of(values: Sequence[Any]) -> Choice:
+    """The choice that a tuned file holds."""
+    name, sorts, *numbers = values
+    return Choice(name, Config(*numbers), sorts)
 
 
 def tuned_values(choice: Choice) -> tuple[Any, ...]:
