@@ -24,25 +24,24 @@ LAYERS = (
     ("activations", "formats"),
     ("guards",),
     ("op",),
-    ("problem",),
     ("routing",),
     ("ops",),
     ("flops",),
     ("cases",),
     ("testing",),
-    ("tuning",),
     ("parallel",),
     ("nn",),
     ("integrations", "compat", "bench", "diagnose"),
+    ("tuning",),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 HEAVY = ("triton", "transformers", "matplotlib", "typer", "rich", "safetensors", "hypothesis", "pytest")
 
 
-def imports(path: Path, top_level_only: bool = False):
-    """Absolute dotted names that a file imports."""
-    package = path.parent.relative_to(SRC.parent).parts
+def imports(path: Path, top_level_only: bool = False, root: Path = SRC.parent):
+    """Absolute dotted names that a file imports, also inside functions and by string."""
+    package = path.parent.relative_to(root).parts
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,6 +53,24 @@ def imports(path: Path, top_level_only: bool = False):
                 yield from (f"{stem}.{alias.name}" for alias in node.names)
             else:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and "import_module" in (
+            getattr(node.func, "attr", ""),
+            getattr(node.func, "id", ""),
+        ):
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                ups = len(name.value) - len(name.value.lstrip("."))
+                base = package[: len(package) - ups + 1] if ups else ()
+                yield ".".join((*base, name.value.lstrip(".")))
+
+
+def test_imports_by_string_are_seen(tmp_path):
+    lines = ("import importlib", "def f():", "    importlib.import_module('moesaic.cli.app')",
+             "    importlib.import_module('..permute._torch', __package__)")  # fmt: skip
+    path = tmp_path / "moesaic" / "ops" / "route" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(lines))
+    assert list(imports(path, root=tmp_path)) == ["importlib", "moesaic.cli.app", "moesaic.ops.permute._torch"]
 
 
 def area(dotted: str) -> str | None:

@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 
-from .ops import fused_experts as _fused_experts  # noqa: F401 - defines the operators
-from .ops import grouped_matmul as _grouped_matmul  # noqa: F401
-from .ops import route as _route  # noqa: F401
+from .ops import fused_experts, gate, grouped_matmul  # noqa: F401 - registers the operators that are counted
 
 __all__ = ["FORMULAS", "register"]
 

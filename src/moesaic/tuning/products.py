@@ -128,7 +128,8 @@ class LayerOperands:
     def judge(self, octave: int, ups: list[dict[str, Any]], downs: list[dict[str, Any]]) -> None:
         """Give the fastest ways `in_layer`: their own µs and what the layer takes beyond the fastest layer with them.
 
-        First the down products behind the fastest up product, then the up products before the best of those.
+        First the down products behind the fastest up product, then the up products before the best of those; and both
+        by the kernel that needs no tile table, since only together they spare it.
         """
         if not ups or not downs:
             return
@@ -140,6 +141,12 @@ class LayerOperands:
         best = min(times, key=times.__getitem__)
         _spread(near[1], times)
         _spread(near[0], {n: times[best] if n == 0 else run(way, near[1][best]) for n, way in enumerate(near[0])})
+        bare = [[way for way in ways if way["way"][0] == "pointer"] for ways in (ups, downs)]
+        if all(bare):
+            up, down = (min(ways, key=lambda way: way["us"]) for ways in bare)
+            if (gain := times[best] - run(up, down)) > 0:
+                for way, ways in ((up, near[0]), (down, near[1])):
+                    way["in_layer"] = min(other["in_layer"] for other in ways) - gain / 2
 
     def _layer(self, tokens: int) -> Callable[..., float]:
         products = importlib.import_module("moesaic.ops.grouped_matmul.gpu")

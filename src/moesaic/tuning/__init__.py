@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
-from .bench.products import LayerOperands, Operands, microseconds, products_of
-from .cases import Case
-from .errors import Unsupported
-from .hardware import Gpu, gpu_of, interpreting, triton_why_not
-from .launcher import dry
-from .ops.fused_experts import fused_experts
-from .routing import Routing
+from ..activations import ACTIVATIONS
+from ..cases import Case
+from ..errors import Unsupported
+from ..hardware import Gpu, gpu_of, interpreting, triton_why_not
+from ..launcher import dry
+from ..ops.fused_experts import fused_experts
+from ..routing import Routing
+from .products import LayerOperands, Operands, microseconds, products_of
 
 LEAD = 1.02  # what a way must be ahead of the others of its table to have a place in it
 PRICE = 1.5  # what the model may ask for a way that is tried, over its cheapest
