@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import check_choice
+
 tl: Any = None  # triton.language, put here by `Activation.device` before a device function is compiled
 
 
@@ -39,6 +41,13 @@ class Activation:
     device_backward: Callable
     alpha: float = 1.0
     limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0 or not math.isfinite(self.alpha):
+            raise ValueError(
+                f"Activation: limit must be positive and alpha finite, got limit={self.limit}, alpha={self.alpha}; "
+                "leave out what the activation has no use for."
+            )
 
     def with_constants(self, alpha: float | None = None, limit: float | None = None) -> Activation:
         """The same activation with other constants, e.g. `ACTIVATIONS["swiglu_clamped"].with_constants(limit=7.0)`."""
@@ -63,12 +72,27 @@ def _device(function: Callable) -> Callable:
 
 
 def resolve(activation: str | Activation, who: str = "activation") -> Activation:
-    """The table's entry for a name; an `Activation` passes through."""
-    if isinstance(activation, Activation):
-        return activation
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{who}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
-    return ACTIVATIONS[activation]
+    """The table's entry for a name, or an entry with constants of the caller's own.
+
+    Raises:
+        ValueError: there is no entry of that name, or it computes something else: operators carry names.
+    """
+    if not isinstance(activation, Activation):
+        check_choice(who, "activation", activation, tuple(ACTIVATIONS))
+        return ACTIVATIONS[activation]
+    entry = ACTIVATIONS.get(activation.name)
+    if entry is not activation and (entry is None or not _alike(entry, activation)):
+        raise ValueError(
+            f"{who}: activation must be an entry of ACTIVATIONS, with other constants at most, got one named "
+            f"{activation.name!r} of your own; add it under a new name: ACTIVATIONS[name] = Activation(name, ...)."
+        )
+    return activation
+
+
+def _alike(entry: Activation, other: Activation) -> bool:
+    """The same but for the constants."""
+    names = ("gated", "forward", "backward", "device_forward", "device_backward")
+    return all(getattr(entry, name) is getattr(other, name) for name in names)
 
 
 def split_gate_up(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,12 @@ Form: *who: what must hold, with the values; what came; what to do*. `ValueError
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import torch
+
+MANY = 24  # choices that a message lists
 
 
 class Unsupported(RuntimeError):
@@ -45,6 +48,21 @@ def check_same(who: str, what: str, reference: str, want: object, **got: object)
 
 
 def check_choice(who: str, name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{who}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    """Raise `ValueError` unless `value` is one of `choices`; of many, the message names those that look like it."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 3, 0.5)
+    shown = choices if len(choices) <= MANY else near
+    listed = ", ".join(map(repr, shown)) or f"{len(choices)} names"
+    of = f"one of {listed}" if len(choices) <= MANY or not near else f"a known name, like {listed}"
+    meant = f"; did you mean {near[0]!r}?" if near and len(choices) <= MANY else "."
+    raise ValueError(f"{who}: {name} must be {of}, got {value!r}{meant}")
+
+
+def check_tensors(who: str, **tensors: object) -> None:
+    """Raise `ValueError` unless each is a tensor."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+            what = "stack them with torch.stack" if kind in ("list", "tuple") else "give a tensor"
+            raise ValueError(f"{who}: {name} must be a tensor, got {kind}; {what}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +15,25 @@ from .presets import ROWS
 LEARNED_SCALES = ("none", "per_expert", "global")
 COEFFICIENTS = ("load_balancing_loss_coef", "sequence_balance_loss_coef", "importance_loss_coef", "load_loss_coef",
                 "z_loss_coef")  # fmt: skip
+
+# Our sizes, and the names that transformers' configurations have for them, the more telling first.
+THEIRS = dict(
+    hidden_size=("hidden_size", "n_embd", "d_model"),
+    intermediate_size=(
+        "moe_intermediate_size",
+        "expert_intermediate_size",
+        "expert_ffn_hidden_size",
+        "ffn_hidden_size",
+        "intermediate_size",
+    ),
+    num_experts=("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
+    top_k=("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k"),
+    num_groups=("n_group",),
+    topk_groups=("topk_group",),
+    scale=("routed_scaling_factor", "route_scale"),
+    num_shared_experts=("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+    shared_intermediate_size=("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +76,10 @@ class MoEConfig:
             activations at any width (and is about the usual 0.02 at H = 2048).
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    router: RouterConfig
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_experts: int = 0
+    router: RouterConfig = None  # type: ignore[assignment]  # given, or refused in our words
     activation: str | Activation = "swiglu"
     layout: str = "concatenated"
     transposed: bool = False
@@ -106,6 +126,11 @@ class MoEConfig:
                 f"{who}: load_loss_coef needs noise='noisy_topk', got {self.router.noise!r}; set it, or use "
                 "load_balancing_loss_coef."
             )
+        if self.router.noise == "noisy_topk" and not (self.load_loss_coef or self.router.noise_in_weights):
+            raise ValueError(
+                f"{who}: noise='noisy_topk' learns its size from load_loss or from noisy weights, got neither; set "
+                "load_loss_coef, or noise_in_weights=True."
+            )
         if self.router_norm_eps is not None and not self.router_norm_eps >= 0:
             raise ValueError(
                 f"{who}: router_norm_eps must be at least 0, got {self.router_norm_eps}; use None for no norm."
@@ -132,6 +157,15 @@ class MoEConfig:
             )
 
     @classmethod
+    def of(cls, config: MoEConfig | str, **overrides: Any) -> MoEConfig:
+        """A configuration, or the preset of that name, with some fields changed."""
+        if isinstance(config, str):
+            return cls.preset(config, **overrides)
+        if not isinstance(config, MoEConfig):
+            raise ValueError(f"MoE: config must be a MoEConfig or a preset's name, got {config!r}; see nn.PRESETS.")
+        return config.replace(**overrides) if overrides else config
+
+    @classmethod
     def preset(cls, name: str, **overrides: Any) -> MoEConfig:
         """The layer of a published model, e.g. `MoEConfig.preset("deepseek-v3", num_experts=32)`.
 
@@ -144,15 +178,43 @@ class MoEConfig:
         check_choice("MoEConfig.preset", "name", key, tuple(PRESETS))
         return PRESETS[key].replace(**overrides)
 
+    @classmethod
+    def from_hf(cls, config: Any, **overrides: Any) -> MoEConfig:
+        """The layer of a model of transformers, from its configuration: the preset of its type in the model's sizes.
+
+        Args:
+            config: what `AutoConfig.from_pretrained(...)` gives; of a model with several parts the text's is read.
+            overrides: fields that differ, as in `replace`.
+
+        Raises:
+            ValueError: no preset is of this model's type.
+        """
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        kinds = [str(getattr(c, "model_type", "")).replace("_", "-") for c in (text, config)]
+        kind = next((k for name in kinds for k in (name, name.removesuffix("-text")) if k in PRESETS), kinds[0])
+        base, found = cls.preset(kind), {}
+        for ours, theirs in THEIRS.items():
+            values = (getattr(text, name, None) for name in theirs)
+            # several of them: of the text's experts first, then of another part's
+            value = next((v for v in (v[0] if isinstance(v, list) and v else v for v in values)
+                          if isinstance(v, (int, float))), None)  # fmt: skip
+            if value is not None and (value or ours not in ("num_groups", "topk_groups")):
+                found[ours] = value
+        if "scale" in found and base.routed_scale != 1.0:
+            found["routed_scale"] = found.pop("scale")
+        normed = getattr(text, "norm_topk_prob", None)
+        if normed is not None and base.router.order != "post":
+            found["order"] = "pre_renorm" if normed else "pre"
+        if not base.num_shared_experts:
+            found = {name: value for name, value in found.items() if "shared" not in name}
+        return base.replace(**found | overrides)
+
     def replace(self, **overrides: Any) -> MoEConfig:
         """A copy with some fields changed; a field of `RouterConfig` goes to the router."""
         own = {f.name for f in fields(self)}
         router = {f.name for f in fields(RouterConfig)}
         if unknown := sorted(set(overrides) - own - router):
-            raise ValueError(
-                f"MoEConfig: overrides must be fields of MoEConfig or RouterConfig, got {', '.join(unknown)}; "
-                f"choose from {', '.join(sorted(own | router))}."
-            )
+            check_choice("MoEConfig", "an override", unknown[0], sorted(own | router))
         inner = {k: v for k, v in overrides.items() if k in router}
         outer = {k: v for k, v in overrides.items() if k in own}
         if inner:
@@ -214,3 +276,21 @@ def _check_at_least(who: str, name: str, value: Any, least: int) -> None:
 
 
 PRESETS: dict[str, MoEConfig] = {name: MoEConfig(**row) for name, row in ROWS.items()}
+
+
+_init = MoEConfig.__init__
+
+
+@functools.wraps(_init)
+def _checked_init(self: MoEConfig, *arguments: Any, **named: Any) -> None:
+    own = [f.name for f in fields(MoEConfig)]
+    for name in named:
+        if name not in own and name in {f.name for f in fields(RouterConfig)}:
+            raise ValueError(
+                f"MoEConfig: {name} is the router's, got it beside; write router=RouterConfig({name}=...)."
+            )
+        check_choice("MoEConfig", "a field", name, own)
+    _init(self, *arguments, **named)
+
+
+MoEConfig.__init__ = _checked_init

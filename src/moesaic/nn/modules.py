@@ -248,8 +248,10 @@ class MoE(nn.Module):
     other models have for these modules (see `moesaic.nn.state_dict`).
 
     Args:
-        config: the layer.
+        config: the layer, or a preset's name (`"qwen3-moe"`). A layer's `config` may be replaced by one with which all
+            parameters keep their shapes.
         device, dtype: of its parameters.
+        overrides: fields of the configuration that differ.
         parallel: spread the experts over ranks: a `DeviceMesh` with a dimension `ep`, or a `moesaic.parallel.Parallel`.
             Expert parameters become DTensors, `Shard(0)` on `ep`; tokens travel to them, and the shared experts compute
             meanwhile. `load_balancing_loss` and `z_loss` are then the whole batch's (their mean over ranks is); a
@@ -274,10 +276,11 @@ class MoE(nn.Module):
     constants: Tensor | None
 
     def __init__(
-        self, config: MoEConfig, device: Any = None, dtype: torch.dtype | None = None, *, parallel: Any = None
-    ):
+        self, config: MoEConfig | str, device: Any = None, dtype: torch.dtype | None = None, *, parallel: Any = None,
+        **overrides: Any,
+    ):  # fmt: skip
         super().__init__()
-        self.config = config
+        config = self._config = MoEConfig.of(config, **overrides)
         H, constants = config.hidden_size, config.router.constant_experts
         self.gate = Router(config, device, dtype)
         self.experts = Experts(config, device, dtype)
@@ -295,6 +298,29 @@ class MoE(nn.Module):
             from ..parallel.layers import attach  # torch.distributed is there only for those who ask
 
             self.parallel = attach(self, parallel)
+
+    @property
+    def config(self) -> MoEConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MoEConfig) -> None:
+        with torch.device("meta"):
+            wanted = {name: t.shape for name, t in MoE(config).state_dict().items()}
+        have = {name: t.shape for name, t in self.state_dict().items()}
+        own = (
+            {name for name in have if not name.startswith("gate.")} if not isinstance(self.gate, Router) else set(have)
+        )
+        for name in sorted(own | {n for n in wanted if isinstance(self.gate, Router) or not n.startswith("gate.")}):
+            if have.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"MoE: a new config must keep every parameter, got one in which {name} is "
+                    f"{_shape(wanted.get(name))}, not {_shape(have.get(name))}; build another layer."
+                )
+        self._config = config
+        for module in (self.gate, self.experts, self.shared_experts):
+            if isinstance(module, (Router, Experts, SharedExperts)):
+                module.config = config
 
     @torch.no_grad()
     def _reset_own(self) -> None:
@@ -352,7 +378,7 @@ class MoE(nn.Module):
         else:
             y, shared = self.parallel(self.experts, tokens, routing, lambda: self._shared(tokens, routing))
         if routing.identity_weight is not None:
-            y = y + routing.identity_weight[:, None].to(y.dtype) * tokens
+            y = y + routing.identity_weight[:, None].to(y.dtype) * tokens.to(y.dtype)
         if routing.constant_weights is not None:
             assert self.constants is not None
             y = y + routing.constant_weights.to(y.dtype) @ self.constants.to(y.dtype)
@@ -371,6 +397,10 @@ class MoE(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # what the last forward left is not the layer's state, and tensors of a graph can be neither copied nor pickled
         return {**self.__dict__, "losses": {}, "routing": None}
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))
 
 
 def _normal(weight: Tensor, fan_in: int, config: MoEConfig) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...activations import Activation, resolve
-from ...errors import check_choice, check_same, check_shape
+from ...errors import check_choice, check_same, check_shape, check_tensors
 from ...guards import autocast
 from ...op import Op, Place, Table, octave
 from ...routing import Routing
@@ -165,6 +165,12 @@ def fused_experts(
     check_choice(who, "layout", layout, LAYOUTS)
     check_choice(who, "reduce", reduce, ("weighted_sum", "sum"))
     check_choice(who, "weights_on", weights_on, SIDES)
+    if not (isinstance(x, Tensor) and isinstance(w_gate_up, Tensor) and isinstance(w_down, Tensor)):
+        check_tensors(who, x=x, w_gate_up=w_gate_up, w_down=w_down)
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            f"{who}: routing must be a Routing, got {type(routing).__name__}; see route, Routing.from_topk."
+        )
     weights = _weights(who, weights, reduce, routing)
     if routing.padded is not None:
         raise ValueError(

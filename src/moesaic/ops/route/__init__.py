@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import check_shape
+from ...errors import check_shape, check_tensors
 from ...guards import watch
 from ...op import Op, Place, Size, Table, octave
 from ...routing import Routing, signed_ids
@@ -175,12 +175,7 @@ def route(
     Deterministic but for the noise; no host synchronisation unless checked. T = 0 is allowed.
     """
     who = "route"
-    if config is None:
-        config = RouterConfig(**fields) if torch.compiler.is_compiling() else _config(**fields)
-    elif fields:
-        raise ValueError(
-            f"{who}: give config or its fields as keywords, not both; got both {config} and {sorted(fields)}."
-        )
+    config = _given(who, config, fields)
     _check(who, router_logits, config, bias, expert_scale, ids, token_mask, expert_mask, noise_logits, training,
            sequences)  # fmt: skip
     if checked or router_logits.device.type == "cpu":
@@ -228,9 +223,23 @@ def route(
     return Routing(weights, topk_ids, *tables, logits=router_logits, config=config, capacity=limit, **extras)
 
 
+route.implementations = OP.implementations  # type: ignore[attr-defined]
 _config = functools.lru_cache(maxsize=1024)(RouterConfig)
 
-route.implementations = OP.implementations  # type: ignore[attr-defined]
+
+def _given(who: str, config: RouterConfig | None, fields: dict[str, Any]) -> RouterConfig:
+    """The configuration, whole or by its fields."""
+    if config is None:
+        if "top_k" not in fields:
+            raise ValueError(f"{who}: top_k must be given, got {sorted(fields)}; write route(logits, top_k=...).")
+        return RouterConfig(**fields) if torch.compiler.is_compiling() else _config(**fields)
+    if not isinstance(config, RouterConfig):
+        raise ValueError(f"{who}: config must be a RouterConfig, got {config!r}; write route(logits, top_k=...).")
+    if fields:
+        raise ValueError(
+            f"{who}: give config or its fields as keywords, not both; got both {config} and {sorted(fields)}."
+        )
+    return config
 
 
 def _limited(weights, topk_ids, limit: int, config: RouterConfig, num_experts: int, implementation: str | None):
@@ -291,6 +300,7 @@ def _extra_weights(weights: Tensor, raw: Tensor, first: int, config: RouterConfi
 
 # ---------------------------------------------------------------- checks
 def _check(who, logits, config, bias, expert_scale, ids, token_mask, expert_mask, noise_logits, training, sequences):
+    check_tensors(who, router_logits=logits)
     watch(who, logits, expert_scale, noise_logits)
     if logits.dim() != 2:
         raise ValueError(f"{who}: router_logits must have shape (T, E), got {tuple(logits.shape)}; flatten the tokens.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from ...errors import check_choice
@@ -42,7 +42,7 @@ class Core(NamedTuple):
     group_mask_value: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RouterConfig:
     """What a router does with its logits. Every difference between real models' routers is a field here.
 
@@ -135,6 +135,13 @@ class RouterConfig:
     min_capacity: int = 0
     drop_policy: str = "position"
     renorm_after_drop: bool = False
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        values = ((f, getattr(self, f.name)) for f in fields(self))
+        return (
+            f"RouterConfig({', '.join(f'{f.name}={v!r}' for f, v in values if f.default is MISSING or v != f.default)})"
+        )
 
     def __hash__(self) -> int:
         """Made once: plans are looked up by it at every call."""
@@ -246,7 +253,12 @@ class RouterConfig:
         reach = candidates // groups * (self.topk_groups if groups > 1 else 1)
         if not 1 <= self.top_k <= reach:
             raise ValueError(
-                f"{who}: top_k must be between 1 and the {reach} experts that can be chosen, got {self.top_k}."
+                f"{who}: top_k must be between 1 and the {reach} experts that can be chosen, got {self.top_k}; "
+                + (
+                    f"{self.topk_groups} of num_groups={groups} groups of {candidates // groups} stay: change those."
+                    if groups > 1
+                    else "lower it."
+                )
             )
         if groups > 1 and self.group_score == "top2_sum" and candidates // groups < 2:
             raise ValueError(f"{who}: group_score='top2_sum' needs groups of at least 2 experts, got 1; use 'max'.")
