@@ -881,7 +881,8 @@ def test_meta_device():
 
 def test_meta_device_of_every_part():
     config = layer_of(
-        identity_experts=1, constant_experts=2, noise="noisy_topk", load_loss_coef=0.1, router_norm_eps=1e-6, learned_scale="per_expert",
+        identity_experts=1, constant_experts=2, noise="noisy_topk", load_loss_coef=0.1,
+        router_norm_eps=1e-6, learned_scale="per_expert",
         selection_bias=True, router_bias=True, hash_vocab_size=9, num_shared_experts=1, shared_gated=True,
     ).config  # fmt: skip
     layer = MoE(config, device="meta")

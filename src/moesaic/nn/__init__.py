@@ -2,6 +2,7 @@
 
 from .balance import BiasBalancer
 from .config import PRESETS, MoEConfig
+from .losses import attach_losses
 from .modules import Experts, MoE, Router, SharedExperts
 from .state_dict import PER_EXPERT_NAMES, split_experts
 
@@ -14,5 +15,6 @@ __all__ = [
     "MoEConfig",
     "Router",
     "SharedExperts",
+    "attach_losses",
     "split_experts",
 ]

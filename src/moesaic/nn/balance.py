@@ -15,6 +15,7 @@ its experts, which neither rule notices; checkpoint inside what is compiled to h
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,6 +36,7 @@ class _Watched:
 
     def __init__(self, bias: Callable[[], Tensor], counts: Tensor | None = None):
         self.bias, self.counts = bias, counts
+        self.exact: Tensor | None = None  # a half-precision bias in fp32, as far as it has been moved
         self.source: tuple[int, int] | None = None  # the reader in use and the module that it reads
 
     def restart(self, source: tuple[int, int]) -> None:
@@ -42,6 +44,19 @@ class _Watched:
         if self.source is not None and self.counts is not None:
             self.counts.zero_()
         self.source = source
+
+    def move(self, delta: Tensor) -> None:
+        """Add to the bias; one in half precision is a sum in fp32, rounded, since it would swallow small steps."""
+        bias = self.bias()
+        delta = _like(delta.float().view(bias.shape), bias)
+        if bias.dtype in (torch.float32, torch.float64):
+            bias.add_(delta)
+            return
+        now = bias.detach().float()
+        if self.exact is not None:  # unless somebody else gave the bias another value
+            now = torch.where(self.exact.to(bias.dtype) == bias, self.exact, now)
+        self.exact = now + delta
+        bias.copy_(self.exact)
 
     def add(self, chosen: Routing | Tensor) -> None:
         n = _count(chosen, self.bias().numel())
@@ -74,8 +89,11 @@ class BiasBalancer:
     Attributes:
         loads: by name, the counts `(E,)` int64 of the last step, summed over the group.
 
-    No host synchronisation; biases are changed in place. Keep them in fp32: bf16 swallows a step of 0.001 above 0.5.
-    Works with activation checkpointing (the module says how) and `torch.compile(fullgraph=True)`.
+    No host synchronisation; biases are changed in place. One in bf16 or fp16 (`model.to(bfloat16)`) would swallow a
+    step of 0.001: its exact value is kept here in fp32, and is in `state_dict`, which also holds the biases that a
+    checkpoint of adapters leaves out (PEFT's). A bias may be a DTensor (a Parameter under FSDP2). A forward in
+    inference mode is not counted. Works with activation checkpointing (the module says how) and
+    `torch.compile(fullgraph=True)`.
     """
 
     def __init__(
@@ -138,7 +156,7 @@ class BiasBalancer:
             name = f"observed.{len(self._observed)}"
             self._observed.append((name, bias))
             self._track(name, functools.partial(_same, bias))
-        if not recomputing():
+        if not recomputing() and not inferring():
             self._watched[name].add(chosen)
 
     def _track(self, name: str, bias: Callable[[], Tensor]) -> None:
@@ -147,7 +165,7 @@ class BiasBalancer:
     def _after(
         self, name: str, place: int, readers: tuple[Reader, ...], module: nn.Module, args: Any, output: Any
     ) -> None:
-        if not module.training or recomputing():
+        if not module.training or recomputing() or inferring():
             return
         watched = self._watched[name]
         for rank, read in enumerate(readers):
@@ -178,12 +196,12 @@ class BiasBalancer:
         self.loads = self._summed(counts)
         for name, n in self.loads.items():
             watched = self._watched[name]
-            bias, total = watched.bias(), n.sum()
+            total = n.sum()
             error = total - n.numel() * n  # E · (mean - n), exact
             delta = self.rate * (error.sign().float() if self.rule == "sign" else error.float() / total.clamp_min(1))
             if self.centre:
                 delta = delta - delta.mean()
-            bias.add_(delta.to(bias).view(bias.shape))
+            watched.move(delta)
             if watched.counts is not None:
                 watched.counts.zero_()
 
@@ -207,17 +225,25 @@ class BiasBalancer:
 
     # ------------------------------------------------------------ state
     def state_dict(self) -> dict[str, Any]:
-        """Rate and rule, and the counts of a step under way. The biases are the model's state."""
+        """Rate and rule, the counts of a step under way, and every bias as it is to be, in fp32."""
         counts = {n: w.counts.clone() for n, w in self._watched.items() if w.counts is not None}
-        return {"rate": self.rate, "rule": self.rule, "centre": self.centre, "counts": counts}
+        biases = {n: _whole(w.bias() if w.exact is None else w.exact).float() for n, w in self._watched.items()}
+        return {"rate": self.rate, "rule": self.rule, "centre": self.centre, "counts": counts, "biases": biases}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave; counts of a bias not yet observed wait for it."""
+        """Take up what `state_dict` gave, biases too; counts of a bias not yet observed wait for it."""
         check_choice("BiasBalancer.load_state_dict", "rule", state["rule"], RULES)
         self.rate, self.rule, self.centre = state["rate"], state["rule"], state["centre"]
         self._restored = {name: counts.clone() for name, counts in state["counts"].items()}
         for name, watched in self._watched.items():
             watched.counts = self._restored.pop(name, None)
+            if (saved := state.get("biases", {}).get(name)) is not None:
+                bias, watched.exact = watched.bias(), None
+                exact = _like(saved.to(bias.device).view(bias.shape), bias)
+                with torch.no_grad():
+                    bias.copy_(exact)
+                if bias.dtype not in (torch.float32, torch.float64):
+                    watched.exact = exact
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -226,10 +252,27 @@ class BiasBalancer:
         self._hooks.clear()
 
 
+def _like(whole: Tensor, bias: Any) -> Tensor:
+    """A tensor that all ranks have, spread as the bias is."""
+    if not hasattr(bias, "device_mesh"):
+        return whole
+    spread = importlib.import_module("torch.distributed.tensor").distribute_tensor
+    return spread(whole, bias.device_mesh, bias.placements, src_data_rank=None)
+
+
+def _whole(bias: Any) -> Tensor:
+    return (bias.full_tensor() if hasattr(bias, "full_tensor") else bias).detach().clone()
+
+
 def recomputing() -> bool:
     """Whether this runs inside a backward pass, as the second forward of activation checkpointing does."""
     # while a compiled graph is traced no backward runs, and its own recomputation repeats no effects
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def inferring() -> bool:
+    """Inference mode: its tensors could not be counted with others later."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _routing(output: Any, bias: Tensor) -> Routing | None:

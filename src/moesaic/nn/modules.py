@@ -18,15 +18,12 @@ from torch import Tensor, nn
 from ..activations import resolve
 from ..ops.fused_experts import fused_experts
 from ..ops.gate import gate, router_logits
-from ..ops.route import importance_loss, load_balancing_loss, load_loss, sequence_balance_loss, z_loss
 from ..ops.route.policies import generator_of
 from ..routing import Routing
 from .config import MoEConfig
+from .losses import LOSSES, once_recorded
 from .state_dict import load_experts, load_layer, load_router
 
-# In the order of `MoE.losses`; each has its coefficient in the configuration, its name with `_coef`.
-LOSSES = {loss.__name__: loss for loss in
-          (load_balancing_loss, sequence_balance_loss, importance_loss, load_loss, z_loss)}  # fmt: skip
 _WEIGHTS = ("topk_weights", "shared_weights", "identity_weight", "constant_weights")
 
 
@@ -260,8 +257,8 @@ class MoE(nn.Module):
     Attributes:
         losses: auxiliary losses of the last forward by name (`load_balancing_loss`, `sequence_balance_loss`,
             `importance_loss`, `load_loss`, `z_loss`), each already multiplied by its coefficient, so that
-            `loss + sum(layer.losses.values())` is what to minimise. Empty in eval mode and for coefficients of 0. Read
-            them before the layer's next call.
+            `loss + sum(layer.losses.values())` is what to minimise (or use `attach_losses`). Empty in eval mode and
+            for coefficients of 0. Read them before the layer's next call.
         routing: the last forward's choices without logits and gradient, for diagnosis and to replay
             (`ids=routing.topk_ids`). A capacity's dropped slots are -1 in `topk_ids`, and missing in
             `tokens_per_expert`; `choices`, where the statistics were kept, counts them too.
@@ -392,7 +389,7 @@ class MoE(nn.Module):
         coefficients = {name: getattr(self.config, f"{name}_coef") for name in LOSSES}
         if self.parallel is not None:
             return {n: c * self.parallel.loss(n, LOSSES[n], routing) for n, c in coefficients.items() if c}
-        return {name: c * LOSSES[name](routing) for name, c in coefficients.items() if c}
+        return once_recorded({name: c * LOSSES[name](routing) for name, c in coefficients.items() if c}, self.gate)
 
     def __getstate__(self) -> dict[str, Any]:
         # what the last forward left is not the layer's state, and tensors of a graph can be neither copied nor pickled

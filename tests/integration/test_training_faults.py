@@ -1,0 +1,154 @@
+"""Training that goes wrong in silence: losses without a graph, biases that do not move, hooks that see nothing."""
+
+from __future__ import annotations
+
+import copy
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from moesaic.nn import BiasBalancer, MoE, attach_losses
+
+SMALL = dict(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2)
+
+
+def layer_of(preset="qwen3-moe", **fields):
+    torch.manual_seed(0)
+    return MoE(preset, **{**SMALL, **fields}).train()
+
+
+def batch():
+    return torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------- losses
+def gate_gradient(run, layer):
+    layer.zero_grad()
+    run()
+    return layer.gate.weight.grad.clone()
+
+
+def test_losses_of_a_forward_without_gradient_refuse_their_backward():
+    layer = layer_of(z_loss_coef=0.1)
+    checkpoint(layer, batch().requires_grad_(), use_reentrant=True)
+    total = sum(layer.losses.values())
+    assert total.item() > 0, "their values can be read"
+    with pytest.raises(RuntimeError, match=r"MoE\.losses: .*use_reentrant=False, or attach_losses"):
+        total.backward()
+    with torch.no_grad():
+        layer(batch())
+    assert all(loss.item() >= 0 for loss in layer.losses.values())
+    layer.gate.requires_grad_(False)
+    with torch.no_grad():
+        layer(batch())
+    assert not any(loss.requires_grad for loss in layer.losses.values()), "nobody waits for their gradient"
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_attached_losses_train_the_gate_however_it_is_checkpointed(reentrant, scale):
+    layer, x = layer_of(z_loss_coef=0.1), batch()
+
+    def added():
+        y = layer(x)
+        (scale * (y.square().mean() + sum(layer.losses.values()))).backward()
+
+    def block(x):
+        y = layer(x)
+        return attach_losses(y, layer.losses, scale=lambda: scale)
+
+    def attached():
+        leaf = x.clone().requires_grad_()
+        y = block(leaf) if reentrant is None else checkpoint(block, leaf, use_reentrant=reentrant)
+        (scale * y.square().mean()).backward()
+
+    want = gate_gradient(added, layer)
+    torch.testing.assert_close(gate_gradient(attached, layer), want)
+    assert not torch.allclose(want, gate_gradient(lambda: (scale * layer(x).square().mean()).backward(), layer))
+
+
+def test_attaching_changes_no_bit_and_takes_no_losses():
+    layer = layer_of(z_loss_coef=0.1)
+    y = layer(batch())
+    assert torch.equal(attach_losses(y, layer.losses), y)
+    assert attach_losses(y, {}) is y
+    layer.eval()
+    assert attach_losses(layer(batch()), layer.losses).requires_grad
+
+
+# ---------------------------------------------------------------- biases
+def one_sided(layer, steps, rate=1e-3):
+    """Steps of a balancer that finds expert 0 chosen every time."""
+    bias = layer.gate.e_score_correction_bias
+    balancer = BiasBalancer(layer, rate=rate, centre=False)
+    for _ in range(steps):
+        balancer._watched["gate"].add(torch.zeros(5, 2, dtype=torch.int64))
+        balancer.step()
+    return balancer, bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bias_of_any_dtype_moves(dtype):
+    layer = layer_of("deepseek-v3", num_groups=1, topk_groups=1)
+    layer.gate.e_score_correction_bias.fill_(0.6)
+    layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.to(dtype)
+    balancer, bias = one_sided(layer, 100)
+    assert bias[0].item() == pytest.approx(0.5, abs=2e-3) and bias[1].item() == pytest.approx(0.7, abs=4e-3)
+    saved = balancer.state_dict()
+    assert saved["biases"]["gate"].dtype == torch.float32
+    other = copy.deepcopy(layer)
+    other.gate.e_score_correction_bias.zero_()
+    again = BiasBalancer(other, centre=False)
+    again.load_state_dict(saved)
+    assert torch.equal(other.gate.e_score_correction_bias, bias)
+    for b in (balancer, again):
+        b._watched["gate"].add(torch.zeros(5, 2, dtype=torch.int64))
+        b.step()
+    torch.testing.assert_close(again.state_dict()["biases"], balancer.state_dict()["biases"])
+
+
+def test_a_bias_that_somebody_sets_stays_set():
+    layer = layer_of("deepseek-v3", num_groups=1, topk_groups=1)
+    layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.bfloat16()
+    balancer, bias = one_sided(layer, 3)
+    bias.fill_(2.0)
+    balancer._watched["gate"].add(torch.zeros(5, 2, dtype=torch.int64))
+    balancer.step()
+    torch.testing.assert_close(balancer.state_dict()["biases"]["gate"][1], torch.tensor(2.001))
+
+
+def test_inference_mode_is_not_counted_and_spoils_nothing():
+    layer = layer_of("deepseek-v3", num_groups=1, topk_groups=1)
+    balancer = BiasBalancer(layer)
+    with torch.inference_mode():
+        layer(batch())
+    layer(batch()).sum().backward()
+    with torch.inference_mode():
+        layer(batch())
+    layer(batch()).sum().backward()
+    balancer.step()
+    assert balancer.loads["gate"].sum() == 2 * 12 * 2
+
+
+def test_a_bias_that_is_a_distributed_parameter():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    layer = layer_of("deepseek-v3", num_groups=1, topk_groups=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30))
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        del layer.gate.e_score_correction_bias
+        bias = torch.nn.Parameter(distribute_tensor(torch.zeros(8), mesh, [Shard(0)]), requires_grad=False)
+        layer.gate.register_parameter("e_score_correction_bias", bias)
+        balancer, _ = one_sided(layer, 5)
+        torch.testing.assert_close(bias.full_tensor()[:2], torch.tensor([-0.005, 0.005]))
+        saved = balancer.state_dict()["biases"]["gate"]
+        assert type(saved) is torch.Tensor
+        balancer.load_state_dict({**balancer.state_dict(), "biases": {"gate": saved + 1}})
+        torch.testing.assert_close(bias.full_tensor(), saved + 1)
+    finally:
+        dist.destroy_process_group()
