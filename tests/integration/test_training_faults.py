@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+import moesaic
 from moesaic.nn import BiasBalancer, MoE, attach_losses
 
 SMALL = dict(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2)
@@ -152,3 +153,29 @@ def test_a_bias_that_is_a_distributed_parameter():
         torch.testing.assert_close(bias.full_tensor(), saved + 1)
     finally:
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- what is masked touches nothing
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, dict(noise="noisy_topk", load_loss_coef=0.1), dict(num_shared_experts=0, router_norm_eps=1e-6)],
+    ids=str,
+)
+def test_a_masked_token_touches_no_gradient(fields, implementation):
+    """Whatever stands in its row: gradients are those without it."""
+    layer = layer_of(z_loss_coef=0.1, load_balancing_loss_coef=0.1, **fields)
+    mask = torch.ones(12, dtype=torch.bool)
+    mask[[2, 7]] = False
+    found = []
+    for value in (0.0, float("nan"), float("inf")):
+        layer.zero_grad()
+        x = batch()
+        x[~mask] = value
+        with moesaic.use(implementation):
+            y = layer(x.requires_grad_(), token_mask=mask, generator=1)
+            (y[mask].square().sum() + sum(layer.losses.values())).backward()
+        found.append([p.grad.clone() for p in layer.parameters()] + [x.grad])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b) and a.isfinite().all()

@@ -112,6 +112,8 @@ class Router(nn.Module):
         generator = generator_of(generator, x.device)
         # autocast would compute the logits in half precision; it knows nothing of the meta device
         with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            if token_mask is not None and (self.scale is not None or self.noise_weight is not None):
+                x = x.masked_fill(~token_mask.reshape(-1, 1), 0.0)  # see `gate`
             if self.scale is not None or (self.training and c.input_jitter):
                 x = self._input(x, generator)
             noise = None

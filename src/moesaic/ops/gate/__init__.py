@@ -115,6 +115,9 @@ def gate(
             if kernels.why_not(x, weight) is None:
                 logits, *made = kernels.route_few(x, weight, logit_bias, bias, RouterConfig.of_core(config.core()))
                 return Routing(*made, logits=logits, config=config)
+    if (mask := options.get("token_mask")) is not None:  # in W's gradient, zero times a masked token's NaN would be NaN
+        check_shape("gate", "token_mask", mask, (x.shape[0],))
+        x = x.masked_fill(~mask[:, None], 0.0)
     logits = router_logits(x, weight, logit_bias, implementation=implementation)
     return route(logits, config, bias=bias, implementation=implementation, **options)
 
