@@ -264,6 +264,51 @@ def _swiglu_clamped_dev_bwd(g, u, d, ALPHA, LIMIT):
     return dg, du
 
 
+def _swiglu_step_dev(g, u, ALPHA, LIMIT):
+    a = g * tl.sigmoid(g)
+    a = tl.where(a > LIMIT, LIMIT, a)
+    return a * tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
+
+
+def _swiglu_step_dev_bwd(g, u, d, ALPHA, LIMIT):
+    s = tl.sigmoid(g)
+    a = g * s
+    uc = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
+    dg = tl.where(a > LIMIT, 0.0, d * uc * s * (1 + g * (1 - s)))
+    return dg, tl.where((u > LIMIT) | (u < -LIMIT), 0.0, d * tl.where(a > LIMIT, LIMIT, a))
+
+
+def _swiglu_softcapped_dev(g, u, ALPHA, LIMIT):
+    # tanh by its series near zero, where 2·sigmoid(2x) - 1 would cancel
+    x, y = g / ALPHA, u / LIMIT
+    x2, y2 = x * x, y * y
+    near_x = x * (1 - x2 * (1.0 / 3 - x2 * (2.0 / 15 - x2 * (17.0 / 315 - x2 * (62.0 / 2835)))))
+    near_y = y * (1 - y2 * (1.0 / 3 - y2 * (2.0 / 15 - y2 * (17.0 / 315 - y2 * (62.0 / 2835)))))
+    x = tl.where(tl.abs(x) < 0.3, near_x, 2 * tl.sigmoid(2 * x) - 1)
+    y = tl.where(tl.abs(y) < 0.3, near_y, 2 * tl.sigmoid(2 * y) - 1)
+    return ALPHA * x * tl.sigmoid(g) * (LIMIT * y)
+
+
+def _swiglu_softcapped_dev_bwd(g, u, d, ALPHA, LIMIT):
+    x, y, s = g / ALPHA, u / LIMIT, tl.sigmoid(g)
+    x2, y2 = x * x, y * y
+    near_x = x * (1 - x2 * (1.0 / 3 - x2 * (2.0 / 15 - x2 * (17.0 / 315 - x2 * (62.0 / 2835)))))
+    near_y = y * (1 - y2 * (1.0 / 3 - y2 * (2.0 / 15 - y2 * (17.0 / 315 - y2 * (62.0 / 2835)))))
+    x = tl.where(tl.abs(x) < 0.3, near_x, 2 * tl.sigmoid(2 * x) - 1)
+    y = tl.where(tl.abs(y) < 0.3, near_y, 2 * tl.sigmoid(2 * y) - 1)
+    dg = d * (LIMIT * y) * s * (1 - x * x + ALPHA * x * (1 - s))
+    return dg, d * (ALPHA * x) * s * (1 - y * y)
+
+
+def _reglu2_dev(g, u, ALPHA, LIMIT):
+    r = tl.where(g > 0, g, tl.where(g != g, g, 0.0))
+    return r * r * u
+
+
+def _reglu2_dev_bwd(g, u, d, ALPHA, LIMIT):
+    return tl.where(g > 0, 2 * g * d * u, 0.0), tl.where(g > 0, d * g * g, 0.0)
+
+
 # ---------------------------------------------------------------- gated, torch
 def _swiglu_oai(g: Tensor, u: Tensor, alpha: float, limit: float) -> Tensor:
     g, u = g.clamp(max=limit), u.clamp(-limit, limit)
@@ -284,6 +329,26 @@ def _swiglu_clamped(g: Tensor, u: Tensor, alpha: float, limit: float) -> Tensor:
 def _swiglu_clamped_d(g: Tensor, u: Tensor, d: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
     gc, uc = g.clamp(max=limit), u.clamp(-limit, limit)
     return _silu_vjp(gc, d * uc).masked_fill(g > limit, 0), (d * F.silu(gc)).masked_fill(u.abs() > limit, 0)
+
+
+def _swiglu_step(g: Tensor, u: Tensor, alpha: float, limit: float) -> Tensor:
+    return F.silu(g).clamp(max=limit) * u.clamp(-limit, limit)
+
+
+def _swiglu_step_d(g: Tensor, u: Tensor, d: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
+    a, uc = F.silu(g), u.clamp(-limit, limit)
+    du = (d * a.clamp(max=limit)).masked_fill(u.abs() > limit, 0)
+    return _silu_vjp(g, d * uc).masked_fill(a > limit, 0), du
+
+
+def _swiglu_softcapped(g: Tensor, u: Tensor, alpha: float, limit: float) -> Tensor:
+    return alpha * torch.tanh(g / alpha) * torch.sigmoid(g) * (limit * torch.tanh(u / limit))
+
+
+def _swiglu_softcapped_d(g: Tensor, u: Tensor, d: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
+    x, y, s = torch.tanh(g / alpha), torch.tanh(u / limit), torch.sigmoid(g)
+    dg = d * (limit * y) * s * (1 - x * x + alpha * x * (1 - s))
+    return dg, d * (alpha * x) * s * (1 - y * y)
 
 
 def _plain(name: str, f: Callable, vjp: Callable, dev: Callable, dev_bwd: Callable) -> Activation:
@@ -308,6 +373,7 @@ ACTIVATIONS: dict[str, Activation] = {
         _glu("geglu", F.gelu, _gelu_vjp, _geglu_dev, _geglu_dev_bwd),
         _glu("geglu_tanh", _gelu_tanh, _gelu_tanh_vjp, _geglu_tanh_dev, _geglu_tanh_dev_bwd),
         _glu("reglu", F.relu, _relu_vjp, _reglu_dev, _reglu_dev_bwd),
+        _glu("reglu2", _relu2, _relu2_vjp, _reglu2_dev, _reglu2_dev_bwd),
         # gpt-oss: the linear half is shifted by one, both halves are clamped
         Activation("swiglu_oai", True, _swiglu_oai, _swiglu_oai_d, _swiglu_oai_dev, _swiglu_oai_dev_bwd, 1.702, 7.0),
         # DeepSeek-V4, GLM5-next: SwiGLU of clamped halves
@@ -320,6 +386,19 @@ ACTIVATIONS: dict[str, Activation] = {
             _swiglu_clamped_dev_bwd,
             1.0,
             10.0,
+        ),
+        # Step-3.7's last layers: clamped behind the silu
+        Activation("swiglu_step", True, _swiglu_step, _swiglu_step_d, _swiglu_step_dev, _swiglu_step_dev_bwd, 1.0, 7.0),
+        # Inkling2: `alpha` and `limit` bound gate and up softly; the sigmoid sees the gate as it is
+        Activation(
+            "swiglu_softcapped",
+            True,
+            _swiglu_softcapped,
+            _swiglu_softcapped_d,
+            _swiglu_softcapped_dev,
+            _swiglu_softcapped_dev_bwd,
+            4.0,
+            25.0,
         ),
     )
 }

@@ -264,6 +264,12 @@ def shifted(self, gate_up):
     return gate * torch.sigmoid(self.swiglu_alpha * gate) * (up + 1)
 
 
+def softcapped(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    a, b = self.gate_softcap, self.up_softcap
+    return a * torch.tanh(gate / a) * torch.sigmoid(gate) * (b * torch.tanh(up / b))
+
+
 def widened(self, gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return (self.act_fn(gate.float()) * up.float()).to(gate.dtype)
@@ -283,7 +289,10 @@ def interleaved(self, gate_up):
     (clamped, dict(limit=1500.0), {}, "swiglu_clamped(limit=1500)"),
     (clamped, dict(limit=None), {}, None),
     (clamped, dict(limit=nn.Parameter(torch.tensor(7.0))), {}, None),
-    (clamped_after, dict(limit=7.0), {}, None),
+    (clamped_after, dict(limit=7.0), {}, "swiglu_step"),
+    (softcapped, dict(gate_softcap=4.0, up_softcap=30.0), {}, "swiglu_softcapped(limit=30)"),
+    (softcapped, dict(gate_softcap=4.0, up_softcap=0.0), {}, None),
+    (moe._default_apply_gate, dict(act_fn=ACT2FN["relu2"]), {}, "reglu2"),
     (shifted, dict(swiglu_alpha=1.5, swiglu_limit=7.0), {}, "swiglu_oai(alpha=1.5)"),
     (widened, {}, {}, "swiglu"),
     (straight_through, {}, {}, None),

@@ -148,6 +148,11 @@ def test_activations_by_hand():
     assert value("swiglu_oai", one, two) == pytest.approx(3 / (1 + math.exp(-1.702)))
     assert value("swiglu_oai", 9 * one, 9 * one) == pytest.approx(7 / (1 + math.exp(-1.702 * 7)) * 8)
     assert value("swiglu_clamped", 3 * one, 9 * one, limit=2.0) == pytest.approx(2 / (1 + math.exp(-2)) * 2)
+    assert value("swiglu_step", 3 * one, 9 * one, limit=2.0) == pytest.approx(2 * 2)
+    assert value("swiglu_step", one, -9 * one, limit=2.0) == pytest.approx(-2 * silu1)
+    assert value("reglu2", 3 * one, two) == 18 and value("reglu2", -one, two) == 0
+    soft = 4 * math.tanh(0.25) * silu1 * 25 * math.tanh(2 / 25)
+    assert value("swiglu_softcapped", one, two) == pytest.approx(soft)
 
 
 def test_one_expert_is_a_dense_mlp():

@@ -24,7 +24,7 @@ SCALAR_NAMES = {
 }  # fmt: skip
 # Those that a model may have as a function (LFM2-MoE has F.silu).
 _FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
-_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu", "relu2": "reglu2"}
 # Every constant that a gate in transformers reads. A gate that reads anything else runs on the composed path.
 _CONSTANTS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit", "gate_softcap", "up_softcap")
 
@@ -182,8 +182,8 @@ def _match(gate: Callable, scalar: str, interleaved: bool, constants: dict) -> P
 
 def _candidates(constants: dict) -> list[Activation]:
     """Every gated entry, those that have constants with the module's."""
-    alphas = [constants[n] for n in ("alpha", "swiglu_alpha") if constants[n] is not None]
-    limits = [constants[n] for n in ("limit", "swiglu_limit") if constants[n] is not None]
+    alphas = [constants[n] for n in ("alpha", "swiglu_alpha", "gate_softcap") if constants[n] is not None]
+    limits = [c for n in ("limit", "swiglu_limit", "up_softcap") if (c := constants[n]) is not None and c > 0]
     gated = [entry for entry in ACTIVATIONS.values() if entry.gated]
     found = [entry for entry in gated if entry.name in _GATED.values()]
     for entry in gated:

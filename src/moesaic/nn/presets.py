@@ -17,8 +17,8 @@ that it stands for: choice, weights and gradients. To add a model, add a row.
   of their outputs. Its shared experts belong to the text layer, and to every token: `layer.shared_experts(x)`.
 - `zaya`: the logits come from an MLP with a state carried from layer to layer. Assign a module that makes them and
   calls `route(logits, config.router, bias=...)` to `layer.gate`. Its last column, "skip", is a zero expert.
-- `hunyuan-v1-moe`: top_k and E may differ by layer. `step3p7`: the last layers clamp after the silu, and `inkling2`
-  caps gate and up softly; both need an `Activation` of their own.
+- `hunyuan-v1-moe`: top_k and E may differ by layer. `step3p7`: the last layers clamp behind the silu, by 7 the routed
+  and by 16 the shared experts: `activation="swiglu_step"`, `shared_activation=` the same entry `with_constants`.
 - `switch-transformers`, `nllb-moe`: the capacity is a number of slots, counted over the tokens of a call; transformers
   counts Switch's over each sequence.
 """
@@ -142,7 +142,7 @@ ROWS: dict[str, Row] = {
     "solar-open": _v3((4096, 1280, 128, 8), _biased()),
     "exaone-moe": _v3((4096, 1024, 64, 8), _biased(2.5)),
     "afmoe": _v3((2048, 1408, 64, 6), _biased(), shared=2),
-    "inkling2": _v3((4608, 2304, 384, 8), _biased(8.0), shared=0),
+    "inkling2": _v3((4608, 2304, 384, 8), _biased(8.0), shared=0, activation="swiglu_softcapped"),
     "muse-spark": _v3((8192, 4096, 256, 8), _biased(eps=1e-15, multiplier=2**-2.5), shared=0),
     "lfm2-moe": _v3((2048, 1792, 32, 4), _biased(eps=1e-6), shared=0),
     "minimax-m2": _v3("minimax-m2", _biased(eps=0.0), shared=0, aux=0.001),

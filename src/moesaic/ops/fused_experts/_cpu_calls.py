@@ -8,8 +8,8 @@ from torch import Tensor
 from . import _cpu_build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum dtype`
-_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai",
-          "swiglu_clamped")  # fmt: skip
+_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu", "reglu2",
+          "swiglu_oai", "swiglu_clamped", "swiglu_step", "swiglu_softcapped")  # fmt: skip
 ACTIVATIONS = {name: i for i, name in enumerate(_NAMES)}  # `enum act`
 
 

@@ -3,7 +3,10 @@
 #include "vec.h"
 
 /* the order of `_cpu.ACTIVATIONS` */
-enum act { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU, GEGLU, GEGLU_TANH, REGLU, SWIGLU_OAI, SWIGLU_CLAMPED };
+enum act {
+    SILU, GELU, GELU_TANH, RELU, RELU2,
+    SWIGLU, GEGLU, GEGLU_TANH, REGLU, REGLU2, SWIGLU_OAI, SWIGLU_CLAMPED, SWIGLU_STEP, SWIGLU_SOFTCAPPED
+};
 
 INLINE int is_gated(int act) { return act >= SWIGLU; }
 
@@ -58,6 +61,13 @@ INLINE vf vrelu(vf x) { return select_vf(x > 0.0f, x, select_vf(x != x, x, splat
 INLINE vf vabove(vf x, vf limit) { return select_vf(x > limit, limit, x); }
 INLINE vf vbelow(vf x, vf limit) { return select_vf(x < limit, limit, x); }
 
+/* by its series near zero, where 2·sigmoid(2x) - 1 would cancel */
+INLINE vf vtanh(vf x) {
+    vf t = (vf)((vi)x & 0x7fffffff), s = x * x, near;
+    near = x * (1.0f - s * (1.0f / 3 - s * (2.0f / 15 - s * (17.0f / 315 - s * (62.0f / 2835)))));
+    return select_vf(t < 0.3f, near, 2.0f * vsigmoid(2.0f * x) - 1.0f);
+}
+
 INLINE vf activate(int act, vf g, vf u, float alpha, float limit) {
     vf top = splat(limit), r;
     switch (act) {
@@ -73,6 +83,9 @@ INLINE vf activate(int act, vf g, vf u, float alpha, float limit) {
     case SWIGLU_OAI:
         g = vabove(g, top);
         return g * vsigmoid(alpha * g) * (vbelow(vabove(u, top), -top) + 1.0f);
+    case REGLU2: r = vrelu(g); return r * r * u;
+    case SWIGLU_STEP: return vabove(g * vsigmoid(g), top) * vbelow(vabove(u, top), -top);
+    case SWIGLU_SOFTCAPPED: return alpha * vtanh(g / alpha) * vsigmoid(g) * (limit * vtanh(u / limit));
     default: /* SWIGLU_CLAMPED */
         g = vabove(g, top);
         return g * vsigmoid(g) * vbelow(vabove(u, top), -top);

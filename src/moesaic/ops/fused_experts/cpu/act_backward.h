@@ -27,6 +27,17 @@ INLINE void activate_backward(int act, vf g, vf u, vf d, float alpha, float limi
     case GEGLU: *dg = d * u * gelu_slope(g), *du = d * vgelu(g); return;
     case GEGLU_TANH: *dg = d * u * gelu_tanh_slope(g), *du = d * vgelu_tanh(g); return;
     case REGLU: *dg = where_positive(g, d * u), *du = d * vrelu(g); return;
+    case REGLU2: *dg = where_positive(g, 2.0f * g * d * u), *du = d * vrelu(g) * vrelu(g); return;
+    case SWIGLU_STEP:
+        gc = g * vsigmoid(g), uc = vbelow(vabove(u, top), -top);
+        *dg = select_vf(gc > limit, splat(0.0f), d * uc * silu_slope(g));
+        *du = select_vf((u > limit) | (u < -limit), splat(0.0f), d * vabove(gc, top));
+        return;
+    case SWIGLU_SOFTCAPPED:
+        gc = vtanh(g / alpha), uc = vtanh(u / limit), s = vsigmoid(g);
+        *dg = d * (limit * uc) * s * (1.0f - gc * gc + alpha * gc * (1.0f - s));
+        *du = d * (alpha * gc) * s * (1.0f - uc * uc);
+        return;
     case SWIGLU_OAI:
         gc = vabove(g, top), uc = vbelow(vabove(u, top), -top), s = vsigmoid(alpha * gc);
         *dg = d * (uc + 1.0f) * s * (1.0f + alpha * gc * (1.0f - s));
