@@ -141,6 +141,20 @@ def test_real_shapes(name, tokens, distribution):
     assert_close(y, oracle, case.hidden_size, STAGES["fused_experts"])
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_views_that_begin_between_16_bytes(implementation):
+    """Weights and tokens two bytes off: the same numbers, and no error from a library that wants them aligned."""
+    inputs = make_inputs(CASES["olmoe"].small(256, 128, 32), 64, torch.bfloat16, "cuda")
+    args = inputs.arguments()
+    want = fused_experts(**args, implementation=implementation)
+    for name in ("x", "w_gate_up", "w_down"):
+        memory = torch.empty(args[name].numel() + 1, dtype=torch.bfloat16, device="cuda")
+        moved = memory[1:].view(args[name].shape).copy_(args[name])
+        assert moved.data_ptr() % 16
+        got = fused_experts(**{**args, name: moved}, implementation=implementation)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
 def test_offsets_past_two_to_the_31():
     """More than 2^31 elements in rows, in weights and in a gathered operand; the last of each is checked."""
     H, I, E, T = 4096, 512, 600, 300_000

@@ -41,11 +41,12 @@ FEW = 16  # experts; at 8 of 64 the Python loop is the faster one, at 46 torch's
 
 
 def _native(a: Tensor, w: Tensor) -> bool:
-    """Can `torch.nn.functional.grouped_mm` multiply these? It wants rows on 16-byte boundaries, and no fp64."""
+    """Can `torch.nn.functional.grouped_mm` multiply these? It wants rows on 16-byte boundaries (a GPU also the first
+    ones, which a view may miss), and no fp64."""
     if not hasattr(torch.nn.functional, "grouped_mm") or a.dtype == torch.float64:
         return False
     size, (we, wk, wn) = a.element_size(), w.stride()
-    if a.stride(1) != 1 or min(wk, wn) != 1:
+    if a.stride(1) != 1 or min(wk, wn) != 1 or (a.is_cuda and (a.data_ptr() | w.data_ptr()) % 16):
         return False
     return not (a.stride(0) * size % 16 or we * size % 16 or max(wk, wn) * size % 16)
 
