@@ -1,6 +1,6 @@
-"""Draw README.md's tables and its chart from the records under benchmarks/results.
+"""Draw the tables of docs/numbers.md and README.md's chart from the records under benchmarks/results.
 
-python benchmarks/tables.py           # rewrites what stands between the markers in README.md, and docs/forward.png
+python benchmarks/tables.py           # rewrites what stands between the markers in docs/numbers.md, and docs/forward.png
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def conditions(record: dict) -> str:
     return f"{where}, {record['date'][:10]}, commit {record['commit']}; {what}"
 
 
-def render(readme: str) -> str:
-    """The README with its generated parts made anew."""
+def render(page: str) -> str:
+    """The page with its generated parts made anew."""
     gpu = load("h200", "forward")
     parts = {"h200": f"{conditions(gpu)}\n\n{gpu_table(gpu)}"}
     clocks = load("h200", "forward-clocks")
@@ -125,8 +125,8 @@ def render(readme: str) -> str:
         parts["cpu"] = f"{conditions(cpu[0])}\n\n{cpu_table(cpu)}"
     for name, text in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        readme = pattern.sub(lambda m, text=text: f"{m.group(1)}{text}\n{m.group(2)}", readme)
-    return readme
+        page = pattern.sub(lambda m, text=text: f"{m.group(1)}{text}\n{m.group(2)}", page)
+    return page
 
 
 def chart(path: Path) -> None:
@@ -161,8 +161,8 @@ def chart(path: Path) -> None:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    page = ROOT / "docs" / "numbers.md"
+    page.write_text(render(page.read_text()))
     chart(ROOT / "docs" / "forward.png")
 
 
