@@ -46,22 +46,26 @@ def test_dropped_rows_meet_no_matrix(tokens, device):
     assert bool((poison[live:] == 7).all())
 
 
-def test_a_layer_between_guards(device):
+@pytest.mark.parametrize("whole", [False, True], ids=["weights", "with biases and residual"])
+def test_a_layer_between_guards(whole, device):
+    """Every operand that lies in memory, forward and backward."""
     E, K, T, H, I = 4, 2, 9, 32, 24
     g = torch.Generator().manual_seed(0)
     ids = torch.rand(T, E, generator=g).topk(K, -1).indices
     ids[2:, 1] = -1
-    shapes = ((T, H), (E, 2 * I, H), (E, H, I))
-    plain = [torch.randn(s, generator=g) for s in shapes]
-    weights = torch.rand(T, K, generator=g)
+    shapes = dict(x=(T, H), w_gate_up=(E, 2 * I, H), w_down=(E, H, I), weights=(T, K))
+    if whole:
+        shapes |= dict(b_gate_up=(E, 2 * I), b_down=(E, H), residual=(T, H))
+    plain = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     outcomes = []
     for implementation, tensors in (
-        ("triton", [guarded(t, device) for t in plain]),
-        ("reference", [t.to(device).double() for t in plain]),
+        ("triton", {name: guarded(t, device) for name, t in plain.items()}),
+        ("reference", {name: t.to(device).double() for name, t in plain.items()}),
     ):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        routing = Routing.from_topk(weights.to(device), ids.to(device), E)
-        y = fused_experts(*leaves, routing, implementation=implementation)
-        outcomes.append([y, *torch.autograd.grad(y.sum(), leaves)])
-    for name, out, want in zip(("y", "dx", "dw_gate_up", "dw_down"), *outcomes, strict=True):
-        assert_close(out, want, H * K * T, name=name)
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        routing = Routing.from_topk(None, ids.to(device), E)
+        y = fused_experts(**leaves, routing=routing, implementation=implementation)
+        outcomes.append({"y": y} | dict(zip(leaves, torch.autograd.grad(y.sum(), list(leaves.values())), strict=True)))
+    got, want = outcomes
+    for name in want:
+        assert_close(got[name], want[name], H * K * T, name=name)
