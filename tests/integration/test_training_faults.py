@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import moesaic
-from moesaic.nn import BiasBalancer, MoE, attach_losses
+from moesaic.nn import BiasBalancer, MoE, attach_losses, routing_of
 
 SMALL = dict(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2)
 
@@ -179,3 +180,64 @@ def test_a_masked_token_touches_no_gradient(fields, implementation):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b) and a.isfinite().all()
+
+
+# ---------------------------------------------------------------- what passes between modules
+def test_hooks_see_the_routers_tensors():
+    layer, seen = layer_of(z_loss_coef=0.1), {}
+
+    def hook(module, inputs, outputs):
+        seen[type(module).__name__] = [g is not None for g in outputs]
+
+    for module in (layer.gate, layer.experts):
+        module.register_full_backward_hook(hook)
+    x = batch().requires_grad_()
+    y = layer(x)
+    (y.square().sum() + sum(layer.losses.values())).backward()
+    assert any(seen["Router"]) and seen["Experts"] == [True]
+    other = layer_of(z_loss_coef=0.1)
+    plain = batch().requires_grad_()
+    y = other(plain)
+    (y.square().sum() + sum(other.losses.values())).backward()
+    assert torch.equal(x.grad, plain.grad) and torch.equal(layer.gate.weight.grad, other.gate.weight.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_gate_keeps_its_gradient(reentrant):
+    layer, x = layer_of(), batch()
+
+    def run(call):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        layer.experts(leaf, call(leaf)).square().sum().backward()
+        return layer.gate.weight.grad.clone()
+
+    want = run(layer.gate)
+    assert want.abs().sum() > 0
+    assert torch.equal(run(lambda leaf: checkpoint(layer.gate, leaf, use_reentrant=reentrant)), want)
+
+
+def test_routing_weights_stay_fp32_where_the_experts_are_a_unit_of_fsdp():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    layer, x = layer_of(), batch()
+    plain = copy.deepcopy(layer)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30))
+    try:
+        fully_shard(layer.experts, mesh=DeviceMesh("cpu", [0]), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+        y = layer(x)
+    finally:
+        dist.destroy_process_group()
+    routing = routing_of(plain.gate(x))
+    want = plain.experts.bfloat16()(x.bfloat16(), routing)
+    assert torch.equal(y, want)
+    rounded = replace(routing, topk_weights=routing.topk_weights.bfloat16().float())
+    assert not torch.equal(y, plain.experts(x.bfloat16(), rounded)), "rounding the weights would show"
+
+
+def test_a_gate_that_returns_something_else_is_named():
+    layer = layer_of()
+    layer.gate = torch.nn.Linear(32, 8)
+    with pytest.raises(ValueError, match="a gate must return a Routing or a RouterOutput, got Tensor"):
+        layer(batch())

@@ -4,6 +4,7 @@ from .balance import BiasBalancer
 from .config import PRESETS, MoEConfig
 from .losses import attach_losses
 from .modules import Experts, MoE, Router, SharedExperts
+from .passing import RouterOutput, routing_of
 from .state_dict import PER_EXPERT_NAMES, split_experts
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "Router",
+    "RouterOutput",
     "SharedExperts",
     "attach_losses",
+    "routing_of",
     "split_experts",
 ]

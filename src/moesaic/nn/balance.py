@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import check_choice
 from ..routing import Routing
 from .modules import Router
+from .passing import RouterOutput, routing_of
 
 RULES = ("sign", "proportional")
 Reader = Callable[[Any, Tensor], "Routing | Tensor | None"]
@@ -276,7 +277,7 @@ def inferring() -> bool:
 
 
 def _routing(output: Any, bias: Tensor) -> Routing | None:
-    return output if isinstance(output, Routing) else None
+    return routing_of(output) if isinstance(output, (Routing, RouterOutput)) else None
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Legend: T tokens, H hidden, I intermediate, E experts, K choices per token; N = 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +21,12 @@ from ..ops.route.policies import generator_of
 from ..routing import Routing
 from .config import MoEConfig
 from .losses import LOSSES, once_recorded
+from .passing import RouterOutput, Sealed, detached, output_of, routing_of
 from .state_dict import load_experts, load_layer, load_router
-
-_WEIGHTS = ("topk_weights", "shared_weights", "identity_weight", "constant_weights")
 
 
 class Router(nn.Module):
-    """The gate: `routing = route(W x + b)`, the product and the scores in fp32 whatever the dtypes of x and W.
+    """The gate: `route(W x + b)`, the product and the scores in fp32 whatever the dtypes of x and W.
 
     Parameters: `weight (C, H)`, C the columns of the logits, E unless the configuration has experts without matrices or
     weighed shared ones; `bias (C,)` if `config.router_bias`; `scale (H,)` if `config.router_norm_eps` is given;
@@ -87,8 +85,10 @@ class Router(nn.Module):
         self, x: Tensor, *, ids: Tensor | None = None, input_ids: Tensor | None = None,
         token_mask: Tensor | None = None, expert_mask: Tensor | None = None, sequences: int = 1,
         generator: torch.Generator | int | None = None,
-    ) -> Routing:  # fmt: skip
-        """`x (T, H) -> Routing`, whose weights and logits carry the gradient to x and every parameter.
+    ) -> RouterOutput:  # fmt: skip
+        """`x (T, H) -> RouterOutput`, whose weights and logits carry the gradient to x and every parameter.
+
+        It has a `Routing`'s fields as a named tuple, for hooks to see; `routing_of(output)` is the Routing.
 
         Args:
             x: `(T, H)`.
@@ -122,14 +122,14 @@ class Router(nn.Module):
             # one sequence goes unsaid: it is what the short path of few tokens takes
             scale = self.per_expert_scale if self.global_scale is None else self.global_scale
             options: dict[str, Any] = {} if sequences == 1 else dict(sequences=sequences)
-            return gate(
+            return output_of(gate(
                 x, self.weight, c.router, logit_bias=self.bias, bias=self.e_score_correction_bias,
                 expert_scale=scale, ids=_rows(ids), expert_mask=_rows(expert_mask),
                 token_mask=None if token_mask is None else token_mask.reshape(-1), noise_logits=noise,
                 training=self.training, generator=generator,
                 # also where no gradient flows: in the first forward of reentrant checkpointing
                 statistics=True if self.training and (c.has_losses or c.selection_bias) else None, **options,
-            )  # fmt: skip
+            ))  # fmt: skip
 
     def _input(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the product reads: x with jitter, normed, in fp32."""
@@ -182,12 +182,14 @@ class Experts(nn.Module):
             if self.config.expert_bias:
                 getattr(self, f"{name}_bias").zero_()
 
-    def forward(self, x: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, routing: Routing | RouterOutput | Sealed, residual: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """`x (T, H) -> (T, H)`: every token through its experts, summed with the routing weights, onto `residual`."""
         names = (self.first, "down_proj", f"{self.first}_bias", "down_proj_bias")
         up, down, b_up, b_down = (self._here(getattr(self, name)) for name in names)
         return fused_experts(
-            x, up, down, routing, activation=self.config.activation, b_gate_up=b_up, b_down=b_down,
+            x, up, down, routing_of(routing), activation=self.config.activation, b_gate_up=b_up, b_down=b_down,
             layout=self.config.layout,
             transposed=self.config.transposed, residual=residual,
             weights_on="input" if self.config.weight_on_input else "output",
@@ -242,9 +244,9 @@ class MoE(nn.Module):
 
     Modules: `gate` (Router), `experts` (Experts), `shared_experts` (SharedExperts) and `shared_expert_gate` where the
     configuration asks for them; parameter `constants (n, H)`, what constant experts give. For a router that no
-    configuration describes assign to `gate` a module of your own, `(x (T, H), **keywords of forward) -> Routing`. The
-    state dict has Hugging Face's merged layout; `load_state_dict` also reads one tensor an expert, and the names that
-    other models have for these modules (see `moesaic.nn.state_dict`).
+    configuration describes assign to `gate` a module of your own, `(x (T, H), **keywords of forward) -> Routing`, or a
+    `RouterOutput`, whose tensors hooks see. The state dict has Hugging Face's merged layout; `load_state_dict` also
+    reads one tensor an expert, and the names that other models have for these modules (see `moesaic.nn.state_dict`).
 
     Args:
         config: the layer, or a preset's name (`"qwen3-moe"`). A layer's `config` may be replaced by one with which all
@@ -352,9 +354,9 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, self.config.hidden_size)
         if self.training and self.config.sequence_balance_loss_coef:
             choice.setdefault("sequences", max(1, math.prod(x.shape[:-2])))
-        routing = self.gate(tokens, **choice)
+        routing = routing_of(self.gate(tokens, **choice))
         self.losses = self._losses(routing)
-        self.routing = _detached(routing)
+        self.routing = detached(routing)
         return self._routed(tokens, routing).view(x.shape)
 
     def _shared(self, tokens: Tensor, routing: Routing) -> Tensor | None:
@@ -373,7 +375,7 @@ class MoE(nn.Module):
         apart = c.routed_scale != 1.0 or self.parallel is not None
         if self.parallel is None:
             shared = self._shared(tokens, routing)
-            y = self.experts(tokens, routing, None if apart else shared)
+            y = self.experts(tokens, Sealed(routing), None if apart else shared)
         else:
             y, shared = self.parallel(self.experts, tokens, routing, lambda: self._shared(tokens, routing))
         if routing.identity_weight is not None:
@@ -409,10 +411,3 @@ def _normal(weight: Tensor, fan_in: int, config: MoEConfig) -> None:
 def _rows(t: Tensor | None) -> Tensor | None:
     """`(..., n) -> (T, n)`."""
     return t if t is None or t.dim() < 3 else t.reshape(-1, t.shape[-1])
-
-
-def _detached(routing: Routing) -> Routing:
-    """Without logits and without the graph, which would live until the next forward."""
-    names = (*_WEIGHTS, "probability_sums", "logsumexp_squares", "load")
-    kept = {name: t.detach() for name in names if (t := getattr(routing, name)) is not None}
-    return dataclasses.replace(routing, logits=None, **kept)
