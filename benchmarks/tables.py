@@ -1,6 +1,6 @@
 """Draw the tables of docs/numbers.md and README.md's chart from the records under benchmarks/results.
 
-python benchmarks/tables.py           # rewrites what stands between the markers in docs/numbers.md, and docs/forward.png
+python benchmarks/tables.py      # rewrites what stands between the markers in docs/numbers.md, and docs/forward.png
 """
 
 from __future__ import annotations
