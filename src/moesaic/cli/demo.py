@@ -336,6 +336,7 @@ def _farewell(screen: Screen, facts: dict[str, Any], seconds: float) -> None:
         f"written: {', '.join(facts['files'])}\n\n"
         "next:  [bold]moesaic verify[/bold]   check every operator that runs here\n"
         "       [bold]moesaic bench[/bold]    time it against everything installed\n"
-        "       [bold]moesaic env[/bold]      what runs here, and why",
+        "       [bold]moesaic env[/bold]      what runs here, and why\n"
+        "       [bold]torchrun --nproc-per-node 4 examples/train_ep.py[/bold]   train with experts on four processes",
         border_style="green" if facts["ok"] else "red", padding=(0, 2),
     ))  # fmt: skip
