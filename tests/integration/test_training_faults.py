@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 
 import pytest
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import moesaic
-from moesaic.nn import BiasBalancer, MoE, attach_losses, routing_of
+from moesaic import Routing
+from moesaic.nn import BiasBalancer, MoE, RouterOutput, attach_losses, routing_of
 
 SMALL = dict(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2)
 
@@ -234,6 +235,11 @@ def test_routing_weights_stay_fp32_where_the_experts_are_a_unit_of_fsdp():
     assert torch.equal(y, want)
     rounded = replace(routing, topk_weights=routing.topk_weights.bfloat16().float())
     assert not torch.equal(y, plain.experts(x.bfloat16(), rounded)), "rounding the weights would show"
+
+
+def test_a_routers_output_has_every_field_of_a_routing():
+    assert set(RouterOutput._fields) == {f.name for f in fields(Routing)}
+    assert RouterOutput._fields[:3] == ("logits", "topk_weights", "topk_ids")
 
 
 def test_a_gate_that_returns_something_else_is_named():

@@ -306,13 +306,12 @@ class MoE(nn.Module):
 
     @config.setter
     def config(self, config: MoEConfig) -> None:
+        own = "" if isinstance(self.gate, Router) else "gate."  # a gate of the caller's own has parameters of its own
         with torch.device("meta"):
-            wanted = {name: t.shape for name, t in MoE(config).state_dict().items()}
-        have = {name: t.shape for name, t in self.state_dict().items()}
-        own = (
-            {name for name in have if not name.startswith("gate.")} if not isinstance(self.gate, Router) else set(have)
-        )
-        for name in sorted(own | {n for n in wanted if isinstance(self.gate, Router) or not n.startswith("gate.")}):
+            shapes = [{n: t.shape for n, t in m.state_dict().items() if not (own and n.startswith(own))}
+                      for m in (self, MoE(config))]  # fmt: skip
+        have, wanted = shapes
+        for name in sorted(have | wanted):
             if have.get(name) != wanted.get(name):
                 raise ValueError(
                     f"MoE: a new config must keep every parameter, got one in which {name} is "

@@ -48,12 +48,7 @@ class Sealed:
 
 
 def output_of(routing: Routing) -> RouterOutput:
-    return RouterOutput(
-        routing.logits, routing.topk_weights, routing.topk_ids, routing.tokens_per_expert, routing.expert_offsets,
-        routing.row_order, routing.row_index, routing.probability_sums, routing.logsumexp_squares, routing.choices,
-        routing.load, routing.shared_weights, routing.identity_weight, routing.constant_weights, routing.undropped_ids,
-        routing.config, routing.capacity, routing.padded,
-    )  # fmt: skip
+    return RouterOutput(*[getattr(routing, name) for name in RouterOutput._fields])
 
 
 def routing_of(output: Any) -> Routing:
@@ -65,15 +60,7 @@ def routing_of(output: Any) -> Routing:
     if isinstance(output, Sealed):
         return output.routing
     if isinstance(output, tuple) and len(output) == len(RouterOutput._fields):  # a reentrant checkpoint forgets names
-        output = RouterOutput(*output)
-        return Routing(
-            output.topk_weights, output.topk_ids, output.tokens_per_expert, output.expert_offsets, output.row_order,
-            output.row_index, logits=output.logits, config=output.config, capacity=output.capacity,
-            probability_sums=output.probability_sums, logsumexp_squares=output.logsumexp_squares,
-            choices=output.choices, load=output.load, shared_weights=output.shared_weights,
-            identity_weight=output.identity_weight, constant_weights=output.constant_weights, padded=output.padded,
-            undropped_ids=output.undropped_ids,
-        )  # fmt: skip
+        return Routing(**dict(zip(RouterOutput._fields, output, strict=True)))
     if isinstance(output, Routing):
         return output
     raise ValueError(f"MoE: a gate must return a Routing or a RouterOutput, got {type(output).__name__}.")

@@ -34,17 +34,16 @@ def forward(o: Any, problem: Any) -> tuple[tuple[Tensor], None]:
 def backward(grads: Any, o: Any, saved: Any, problem: Any, needs: Any) -> dict[str, Tensor]:
     (x, weight), grad = o, grads.logits
     out: dict[str, Tensor] = {}
-    parts = [(grad, x.to(grad.dtype), weight.to(grad.dtype))] if not _half(x, weight) else []
-    if not parts:
-        high = grad.to(x.dtype)
-        low = (grad - high.to(grad.dtype)).to(x.dtype)
+    if not _half(x, weight):
         if needs.x:
-            out["x"] = (_product(high, weight) + _product(low, weight)).to(x.dtype)
+            out["x"] = (grad @ weight.to(grad.dtype)).to(x.dtype)
         if needs.weight:
-            out["weight"] = (_product(high.mT, x) + _product(low.mT, x)).to(weight.dtype)
-    for g, wide_x, wide_weight in parts:
-        if needs.x:
-            out["x"] = (g @ wide_weight).to(x.dtype)
-        if needs.weight:
-            out["weight"] = (g.mT @ wide_x).to(weight.dtype)
+            out["weight"] = (grad.mT @ x.to(grad.dtype)).to(weight.dtype)
+        return out
+    high = grad.to(x.dtype)
+    low = (grad - high.to(grad.dtype)).to(x.dtype)
+    if needs.x:
+        out["x"] = (_product(high, weight) + _product(low, weight)).to(x.dtype)
+    if needs.weight:
+        out["weight"] = (_product(high.mT, x) + _product(low.mT, x)).to(weight.dtype)
     return out
