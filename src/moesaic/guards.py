@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,3 +88,11 @@ def outside_autocast(device: torch.device) -> Any:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def refusing(message: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same values without their graph, through which a backward raises the message."""
+    made = torch._C._functions.DelayedError(message.encode(), len(tensors))(  # pyright: ignore
+        *(t.detach().requires_grad_() for t in tensors)
+    )
+    return made if isinstance(made, tuple) else (made,)

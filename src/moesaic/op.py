@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import hardware
 from .errors import Unsupported
-from .guards import eager, outside_autocast, watch
+from .guards import eager, outside_autocast, refusing, watch
 from .launcher import together
 
 OPS: dict[str, Op] = {}
@@ -381,10 +381,7 @@ def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
             "there, or compute this part with torch's own operations."
         )
         places = [i for i, g in enumerate(out) if g is not None]
-        refused = torch._C._functions.DelayedError(message.encode(), len(places))(  # pyright: ignore
-            *(out[i].detach().requires_grad_() for i in places)
-        )
-        marked = dict(zip(places, refused if isinstance(refused, tuple) else (refused,), strict=True))
+        marked = dict(zip(places, refusing(message, [out[i] for i in places]), strict=True))
         return tuple(marked.get(i) for i in range(len(out)))
 
     return once

@@ -29,6 +29,7 @@ from .modules import Router
 from .passing import RouterOutput, routing_of
 
 RULES = ("sign", "proportional")
+WIDE = (torch.float32, torch.float64)
 Reader = Callable[[Any, Tensor], "Routing | Tensor | None"]
 
 
@@ -50,14 +51,18 @@ class _Watched:
         """Add to the bias; one in half precision is a sum in fp32, rounded, since it would swallow small steps."""
         bias = self.bias()
         delta = _like(delta.float().view(bias.shape), bias)
-        if bias.dtype in (torch.float32, torch.float64):
+        if bias.dtype in WIDE:
             bias.add_(delta)
             return
         now = bias.detach().float()
         if self.exact is not None:  # unless somebody else gave the bias another value
             now = torch.where(self.exact.to(bias.dtype) == bias, self.exact, now)
-        self.exact = now + delta
-        bias.copy_(self.exact)
+        self.set(now + delta)
+
+    def set(self, value: Tensor) -> None:
+        bias = self.bias()
+        bias.copy_(value)
+        self.exact = None if bias.dtype in WIDE else value
 
     def add(self, chosen: Routing | Tensor) -> None:
         n = _count(chosen, self.bias().numel())
@@ -231,6 +236,7 @@ class BiasBalancer:
         biases = {n: _whole(w.bias() if w.exact is None else w.exact).float() for n, w in self._watched.items()}
         return {"rate": self.rate, "rule": self.rule, "centre": self.centre, "counts": counts, "biases": biases}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, biases too; counts of a bias not yet observed wait for it."""
         check_choice("BiasBalancer.load_state_dict", "rule", state["rule"], RULES)
@@ -239,12 +245,8 @@ class BiasBalancer:
         for name, watched in self._watched.items():
             watched.counts = self._restored.pop(name, None)
             if (saved := state.get("biases", {}).get(name)) is not None:
-                bias, watched.exact = watched.bias(), None
-                exact = _like(saved.to(bias.device).view(bias.shape), bias)
-                with torch.no_grad():
-                    bias.copy_(exact)
-                if bias.dtype not in (torch.float32, torch.float64):
-                    watched.exact = exact
+                bias = watched.bias()
+                watched.set(_like(saved.to(bias.device).view(bias.shape), bias))
 
     def remove(self) -> None:
         """Take the hooks off the model."""

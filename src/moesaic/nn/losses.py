@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guards import refusing
 from ..ops.route import importance_loss, load_balancing_loss, load_loss, sequence_balance_loss, z_loss
 
 # In the order of `MoE.losses`; each has its coefficient in the configuration, its name with `_coef`.
@@ -62,7 +63,4 @@ def once_recorded(losses: dict[str, Tensor], gate: torch.nn.Module) -> dict[str,
     if untold or not losses or not any(p.requires_grad for p in gate.parameters()):
         return losses
     with torch.enable_grad():
-        marked = torch._C._functions.DelayedError(_REFUSAL.encode(), len(losses))(  # pyright: ignore
-            *(loss.detach().requires_grad_() for loss in losses.values())
-        )
-    return dict(zip(losses, marked if isinstance(marked, (tuple, list)) else (marked,), strict=True))
+        return dict(zip(losses, refusing(_REFUSAL, list(losses.values())), strict=True))
