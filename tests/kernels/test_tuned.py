@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,3 +223,13 @@ def test_tune_writes_what_choice_reads(monkeypatch, tmp_path):
     for row in rows:
         assert str(row["rows_per_expert"]) in products[row["product"]]
         assert any("in_layer" in way for way in row["ways"])
+
+
+def test_warmup_reads_how_many_experts_a_token_has():
+    """A layer of ours and a model's configuration alike: the kernels hang on it."""
+    layer = moesaic.nn.MoE("qwen3-moe", hidden_size=32, intermediate_size=16, num_experts=8, top_k=3)
+    experts = layer.experts
+    assert tuning._module_layer(layer, experts, experts.gate_up_proj, experts.down_proj).top_k == 3
+    theirs = torch.nn.Module()
+    theirs.config = SimpleNamespace(num_experts_per_tok=5)
+    assert tuning._module_layer(theirs, theirs, experts.gate_up_proj, experts.down_proj).top_k == 5

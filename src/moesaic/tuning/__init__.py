@@ -26,6 +26,7 @@ from ..cases import Case
 from ..errors import Unsupported
 from ..hardware import Gpu, gpu_of, interpreting, triton_why_not
 from ..launcher import dry
+from ..nn.config import THEIRS
 from ..ops.fused_experts import fused_experts
 from ..routing import Routing
 from .products import LayerOperands, Operands, microseconds, products_of
@@ -127,8 +128,8 @@ def _module_layer(model: Any, module: Any, up: Tensor, down: Tensor) -> _Layer:
     """Of Hugging Face's experts modules and of `nn.Experts`, whose names are the same."""
     config = getattr(module, "config", None) or getattr(model, "config", None)
     config = getattr(config, "text_config", config)
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k")
-    top_k = next((k for n in names if isinstance(k := getattr(config, n, None), int)), 1)
+    routed = getattr(config, "router", config)  # of `nn.MoEConfig`
+    top_k = next((k for n in (*THEIRS["top_k"], "top_k") if isinstance(k := getattr(routed, n, None), int)), 1)
     plan = None
     if getattr(module, "act_fn", None) is not None and hasattr(module, "is_transposed"):
         plan = importlib.import_module("moesaic.integrations.transformers").plan(module)
